@@ -1,0 +1,156 @@
+"""Random numbers without a generator's state: Philox4x32-10 keyed by (seed, stream, step).
+
+A number is a function of its seed, stream, step, row and column alone: it is the same on every device, in every
+batch split (give the split's ``first_row``), and resuming needs no more than the step. Integers and uniform numbers
+agree to the bit everywhere; normal numbers are computed in fp64 and rounded once, so that devices whose
+logarithms differ in the last fp64 bit still agree.
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", SC'11 (doi:10.1145/2063384.2063405).
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+
+import torch
+
+Step = int | torch.Tensor
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85  # key increments
+_LOW = 0xFFFFFFFF
+
+
+class Stream(enum.IntEnum):
+    """What a number is used for: two streams never share a number."""
+
+    D_LATENT = 0
+    G_LATENT = 1
+    ALPHA = 2
+    PERTURBATION = 3
+    G_LABELS = 4
+    SAMPLE = 5
+    SAMPLE_LABELS = 6
+    ORDER = 7
+    MIRROR = 8
+    TOY = 9
+    EVALUATION = 10
+
+
+def philox(counter: tuple[torch.Tensor, ...], key: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+    """Philox4x32-10 of four int64 tensors that hold uint32 values; the same shapes come back.
+
+    Args:
+        counter: four broadcastable int64 tensors with values in ``[0, 2**32)``.
+        key: two integers in ``[0, 2**32)``.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * _M0, c2 * _M1  # int64 wraps: the 64 bits are those of the unsigned product
+        c0, c1, c2, c3 = ((p1 >> 32) & _LOW) ^ c1 ^ k0, p1 & _LOW, ((p0 >> 32) & _LOW) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return c0, c1, c2, c3
+
+
+def bits(
+    rows: int, cols: int, *, seed: int, stream: Stream, step: Step, first_row: int = 0, device: torch.device | str
+) -> torch.Tensor:
+    """Independent uint32 values as int64 ``[rows, cols]``.
+
+    Args:
+        rows: number of rows, e.g. samples.
+        cols: numbers per row.
+        seed: any integer; taken modulo 2**64.
+        stream: what the numbers are for.
+        step: counter, an integer below 2**48 or a 0-dim int64 tensor on ``device`` (never read by the host).
+        first_row: row number of row 0, for a part of a larger batch.
+        device: where the numbers are made.
+    """
+    quads = -(-cols // 4)
+    row = torch.arange(first_row, first_row + rows, device=device).unsqueeze(1)
+    col = torch.arange(quads, device=device).unsqueeze(0)
+    at = step if isinstance(step, torch.Tensor) else torch.tensor(step, device=device)
+    high = ((at >> 32) & 0xFFFF) | (int(stream) << 16)
+    out = philox((col, row, at & _LOW, high), (seed & _LOW, (seed >> 32) & _LOW))
+    return torch.stack(torch.broadcast_tensors(*out), dim=-1).reshape(rows, quads * 4)[:, :cols]
+
+
+def uniform(
+    rows: int,
+    cols: int,
+    *,
+    seed: int,
+    stream: Stream,
+    step: Step,
+    first_row: int = 0,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Uniform numbers in ``[0, 1)``, multiples of 2**-24, ``[rows, cols]``; arguments as for :func:`bits`."""
+    raw = bits(rows, cols, seed=seed, stream=stream, step=step, first_row=first_row, device=device)
+    return (raw >> 8).to(dtype) * 2.0**-24
+
+
+def normal(
+    rows: int,
+    cols: int,
+    *,
+    seed: int,
+    stream: Stream,
+    step: Step,
+    first_row: int = 0,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Standard normal numbers by Box and Muller, ``[rows, cols]``; arguments as for :func:`bits`."""
+    half = -(-cols // 4) * 2
+    raw = bits(rows, 2 * half, seed=seed, stream=stream, step=step, first_row=first_row, device=device)
+    u = (raw.double() + 0.5) * 2.0**-32  # in (0, 1): the logarithm is finite
+    radius = (-2.0 * u[:, :half].log()).sqrt()
+    angle = (2.0 * math.pi) * u[:, half:]
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :cols].to(dtype)
+
+
+def integers(
+    rows: int, high: int, *, seed: int, stream: Stream, step: Step, first_row: int = 0, device: torch.device | str
+) -> torch.Tensor:
+    """Integers in ``[0, high)``, int64 ``[rows]``, each within 2**-32 of equally likely; arguments as for :func:`bits`."""
+    raw = bits(rows, 1, seed=seed, stream=stream, step=step, first_row=first_row, device=device)[:, 0]
+    return (raw * high) >> 32
+
+
+def shuffled(position: torch.Tensor, n: int, *, seed: int) -> torch.Tensor:
+    """Where a pass over ``n`` items without replacement stands: the item at each position, without a table.
+
+    Positions run on over passes: ``position // n`` is the pass, and every pass visits each item once in an order of
+    its own. A Feistel network over the next power of two with cycle walking, eight rounds of Philox.
+
+    Args:
+        position: int64 ``[B]``, non-negative.
+        n: number of items, ``1 <= n < 2**32``.
+        seed: any integer.
+
+    Returns:
+        int64 ``[B]`` with values in ``[0, n)``.
+    """
+    epoch, item = position // n, position % n
+    width = max(2, (n - 1).bit_length())
+    low = width // 2
+    high = width - low
+    key = (seed & _LOW, (seed >> 32) & _LOW)
+    stream = torch.full_like(epoch, int(Stream.ORDER) << 16)
+
+    def once(x: torch.Tensor) -> torch.Tensor:
+        left, right, left_bits, right_bits = x >> low, x & ((1 << low) - 1), high, low
+        for i in range(8):
+            mixed = philox((right, torch.full_like(right, i), epoch, stream), key)[0]
+            left, right = right, left ^ (mixed & ((1 << left_bits) - 1))
+            left_bits, right_bits = right_bits, left_bits
+        return (left << right_bits) | right
+
+    item = once(item)
+    while bool((outside := item >= n).any()):
+        item = torch.where(outside, once(item), item)
+    return item
