@@ -38,20 +38,22 @@ class Stream(enum.IntEnum):
     EVALUATION = 10
 
 
-def philox(counter: tuple[torch.Tensor, ...], key: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-    """Philox4x32-10 of four int64 tensors that hold uint32 values; the same shapes come back.
+def philox(counter: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:
+    """Philox4x32-10 of counters ``[4, ...]`` (int64 that hold uint32 values); the same shape comes back.
 
     Args:
-        counter: four broadcastable int64 tensors with values in ``[0, 2**32)``.
+        counter: int64 with values in ``[0, 2**32)``.
         key: two integers in ``[0, 2**32)``.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        p0, p1 = c0 * _M0, c2 * _M1  # int64 wraps: the 64 bits are those of the unsigned product
-        c0, c1, c2, c3 = ((p1 >> 32) & _LOW) ^ c1 ^ k0, p1 & _LOW, ((p0 >> 32) & _LOW) ^ c3 ^ k1, p0 & _LOW
-        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-    return c0, c1, c2, c3
+    like = [2, *[1] * (counter.ndim - 1)]
+    multiplier = torch.tensor([_M0, _M1], device=counter.device).view(like)
+    rounds = [((key[0] + i * _W0) & _LOW, (key[1] + i * _W1) & _LOW) for i in range(10)]
+    keys = torch.tensor(rounds, device=counter.device).view(10, *like)
+    even, odd = counter[0::2], counter[1::2]
+    for i in range(10):
+        product = even * multiplier  # int64 wraps: the 64 bits are those of the unsigned product
+        even, odd = (product.flip(0) >> 32 & _LOW) ^ odd ^ keys[i], (product & _LOW).flip(0)
+    return torch.stack([even[0], odd[0], even[1], odd[1]])
 
 
 def bits(
@@ -73,8 +75,9 @@ def bits(
     col = torch.arange(quads, device=device).unsqueeze(0)
     at = step if isinstance(step, torch.Tensor) else torch.tensor(step, device=device)
     high = ((at >> 32) & 0xFFFF) | (int(stream) << 16)
-    out = philox((col, row, at & _LOW, high), (seed & _LOW, (seed >> 32) & _LOW))
-    return torch.stack(torch.broadcast_tensors(*out), dim=-1).reshape(rows, quads * 4)[:, :cols]
+    counter = torch.stack([c.expand(rows, quads) for c in (col, row, at & _LOW, high)])
+    out = philox(counter, (seed & _LOW, (seed >> 32) & _LOW))
+    return out.permute(1, 2, 0).reshape(rows, quads * 4)[:, :cols]
 
 
 def uniform(
@@ -116,7 +119,7 @@ def normal(
 def integers(
     rows: int, high: int, *, seed: int, stream: Stream, step: Step, first_row: int = 0, device: torch.device | str
 ) -> torch.Tensor:
-    """Integers in ``[0, high)``, int64 ``[rows]``, each within 2**-32 of equally likely; arguments as for :func:`bits`."""
+    """Integers in ``[0, high)``, int64 ``[rows]``, equally likely to 2**-32; arguments as for :func:`bits`."""
     raw = bits(rows, 1, seed=seed, stream=stream, step=step, first_row=first_row, device=device)[:, 0]
     return (raw * high) >> 32
 
@@ -145,7 +148,7 @@ def shuffled(position: torch.Tensor, n: int, *, seed: int) -> torch.Tensor:
     def once(x: torch.Tensor) -> torch.Tensor:
         left, right, left_bits, right_bits = x >> low, x & ((1 << low) - 1), high, low
         for i in range(8):
-            mixed = philox((right, torch.full_like(right, i), epoch, stream), key)[0]
+            mixed = philox(torch.stack([right, torch.full_like(right, i), epoch, stream]), key)[0]
             left, right = right, left ^ (mixed & ((1 << left_bits) - 1))
             left_bits, right_bits = right_bits, left_bits
         return (left << right_bits) | right
