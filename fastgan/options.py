@@ -57,9 +57,8 @@ class Reader:
             raise self.error(path, f"{path or 'the recipe'} is {_said(data)}, expected a mapping of keys to values")
         for key in data:
             if key not in fields:
-                inside = f"key in {path}" if path else "key"
                 at = f"{path}.{key}" if path else str(key)
-                raise self.error(at, str(unknown(inside, key, fields)))
+                raise self.error(at, f"{path and f'{path}: '}{unknown('key', key, fields)}")
         hints = typing.get_type_hints(cls)
         values: dict[str, Any] = {}
         for name, f in fields.items():
@@ -78,7 +77,13 @@ class Reader:
             return self._value(next(a for a in args if a is not type(None)), value, path, rules)
         if dataclasses.is_dataclass(hint):
             return self.read(hint, value, path)  # type: ignore[arg-type]
+        if origin is dict:
+            if not isinstance(value, Mapping):
+                raise self.error(path, f"{path} is {_said(value)}, expected a mapping of keys to values")
+            return dict(value)
         if origin is tuple:
+            if isinstance(value, str) and args[0] is str:
+                value = [v.strip() for v in value.split(",")]
             if not isinstance(value, (list, tuple)):
                 raise self.error(path, f"{path} is {_said(value)}, expected a list")
             if args[-1] is not Ellipsis and len(value) != len(args):
@@ -87,8 +92,6 @@ class Reader:
         return self._scalar(hint, value, path, rules)
 
     def _scalar(self, hint: Any, value: object, path: str, rules: Mapping[str, Any]) -> Any:
-        if hint is Any or hint is object:
-            return value
         if hint is bool:
             if not isinstance(value, bool):
                 raise self.error(path, f"{path} is {_said(value)}, expected true or false")

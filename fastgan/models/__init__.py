@@ -43,7 +43,7 @@ def options(role: str, spec: Mapping[str, Any], reader: Reader) -> Any:
     """
     name = spec.get("model")
     if name not in MODELS:
-        raise reader.error(f"{role}.model", f"{role}.{unknown('model', name, MODELS)}")
+        raise reader.error(f"{role}.model", f"{role}: {unknown('model', name, MODELS)}")
     family = MODELS[cast(str, name)]
     cls = family.GeneratorOptions if role == "generator" else family.DiscriminatorOptions
     return reader.read(cls, {k: v for k, v in spec.items() if k != "model"}, role)
