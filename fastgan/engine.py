@@ -182,7 +182,7 @@ class Engine:
             for name, module in self.discriminator.named_modules():
                 if isinstance(module, _MIXES_ROWS):
                     warnings.warn(
-                        f"discriminator layer {name!r} ({type(module).__name__}) mixes the samples of a batch: a penalty "
+                        f"discriminator layer {name!r} ({type(module).__name__}) mixes the batch: a penalty "
                         "on each sample's gradient is ill-defined there; use layer, instance or no normalisation",
                         stacklevel=3,
                     )
