@@ -149,7 +149,8 @@ class Updater:
         if self.schedule is not None:
             self.optimizer.param_groups[0]["lr"].copy_(self.base_lr * self.schedule.factor(update))
         for p, g in zip(self.params, grads, strict=True):
-            p.grad = g
+            # fused kernels walk both as flat memory, and convolutions may return another layout
+            p.grad = g if g is None or g.stride() == p.stride() else torch.empty_like(p).copy_(g)
         if self.fused:
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # read by torch's fused kernels
             self.optimizer.step()
