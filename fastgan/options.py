@@ -49,17 +49,18 @@ class Reader:
         return InputError(f"{self.file}: {text}")
 
     def read(self, cls: type[T], data: object, path: str = "") -> T:
-        """``cls`` from a mapping; a text alone stands for ``{name: text}`` where ``cls`` has a ``name``."""
+        """``cls`` from a mapping; a text alone stands for the first field where that is a text."""
         fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        if isinstance(data, str) and "name" in fields:
-            data = {"name": data}
+        hints = typing.get_type_hints(cls)
+        first = next(iter(fields))
+        if isinstance(data, str) and hints[first] is str:
+            data = {first: data}
         if not isinstance(data, Mapping):
             raise self.error(path, f"{path or 'the recipe'} is {_said(data)}, expected a mapping of keys to values")
         for key in data:
             if key not in fields:
                 at = f"{path}.{key}" if path else str(key)
                 raise self.error(at, f"{path and f'{path}: '}{unknown('key', key, fields)}")
-        hints = typing.get_type_hints(cls)
         values: dict[str, Any] = {}
         for name, f in fields.items():
             at = f"{path}.{name}" if path else name

@@ -235,7 +235,7 @@ def _load(name: str | Path) -> tuple[dict[str, Any], str, str]:
 
 
 def _set(data: dict[str, Any], path: str, value: Any, origin: str) -> None:
-    """Put ``value`` at a key path; a text on the way becomes ``{name: text}``, an empty place a mapping."""
+    """Put ``value`` at a key path; a text on the way becomes a mapping, as for the reader."""
     if path == "gamma":
         penalties = data.get("penalties") or []
         if not penalties:
@@ -249,9 +249,10 @@ def _set(data: dict[str, Any], path: str, value: Any, origin: str) -> None:
     for key in parents:
         place = _place(node, key, path, origin)
         child = node[place] if isinstance(node, list) else node.get(place)
-        if child is None or isinstance(child, str):
-            child = {} if child is None else {"name": child}
-            node[place] = child
+        if child is None:
+            node[place] = child = list(OptimizerSpec.betas) if key == "betas" else {}
+        elif isinstance(child, str):
+            node[place] = child = {{"data": "source", "schedule": "kind"}.get(key, "name"): child}
         node = child
     node[_place(node, last, path, origin)] = value
 
