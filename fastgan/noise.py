@@ -128,7 +128,8 @@ def shuffled(position: torch.Tensor, n: int, *, seed: int) -> torch.Tensor:
     """Where a pass over ``n`` items without replacement stands: the item at each position, without a table.
 
     Positions run on over passes: ``position // n`` is the pass, and every pass visits each item once in an order of
-    its own. A Feistel network over the next power of two with cycle walking, eight rounds of Philox.
+    its own. A Feistel network of eight Philox rounds over the next power of two (64 at least: fewer are not
+    mixed evenly), with cycle walking.
 
     Args:
         position: int64 ``[B]``, non-negative.
@@ -138,8 +139,10 @@ def shuffled(position: torch.Tensor, n: int, *, seed: int) -> torch.Tensor:
     Returns:
         int64 ``[B]`` with values in ``[0, n)``.
     """
+    if n == 1:
+        return torch.zeros_like(position)
     epoch, item = position // n, position % n
-    width = max(2, (n - 1).bit_length())
+    width = max(6, (n - 1).bit_length())
     low = width // 2
     high = width - low
     key = (seed & _LOW, (seed >> 32) & _LOW)
