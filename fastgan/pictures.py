@@ -37,10 +37,8 @@ def samples(dataset: Dataset, x: torch.Tensor, path: Path, *, columns: int | Non
         scatter(dataset.denormalise(dataset.batch(rows, None)[0]), dataset.denormalise(x), path)
 
 
-def grid(images: NDArray[np.uint8], path: Path, *, columns: int | None = None) -> None:
-    """Write images uint8 ``[N, H, W, C]``, C 1 or 3, row by row as one PNG, small ones enlarged."""
-    from PIL import Image
-
+def grid(images: NDArray[Any], path: Path, *, columns: int | None = None) -> None:
+    """Write images uint8 ``[N, H, W, C]`` row by row as one PNG, small ones enlarged."""
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     scale, gap = max(1, -(-_CELL // max(height, width))), 2
@@ -50,12 +48,19 @@ def grid(images: NDArray[np.uint8], path: Path, *, columns: int | None = None) -
     for i, image in enumerate(big):
         y, x = gap + i // columns * step_y, gap + i % columns * step_x
         sheet[y : y + height * scale, x : x + width * scale] = image
+    write_whole(path, png(sheet))
+
+
+def png(image: NDArray[np.uint8]) -> bytes:
+    """One image uint8 ``[H, W, C]`` as a PNG file; of other than 1, 3 or 4 channels the first is taken."""
+    from PIL import Image
+
     buffer = io.BytesIO()
-    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(buffer, "png")
-    write_whole(path, buffer.getvalue())
+    Image.fromarray(image if image.shape[2] in (3, 4) else image[..., 0]).save(buffer, "png")
+    return buffer.getvalue()
 
 
-def scatter(real: NDArray[np.float32], fake: NDArray[np.float32], path: Path) -> None:
+def scatter(real: NDArray[Any], fake: NDArray[Any], path: Path) -> None:
     """Write fakes ``[N, D]`` over real rows ``[M, D]``: as they are in two columns, else on the real rows' first two
     principal components.
     """

@@ -123,7 +123,7 @@ class Trainer:
         self.progress = progress
         self.per_iteration = engine.n_critic * batch
         self.total = iterations(kimg, self.per_iteration)
-        self._check(batch)
+        self._check()
         self.feed = self.data.feed(batch, engine.seed)
         self.folder: Path | None = None
         self.iteration = 0
@@ -265,11 +265,9 @@ class Trainer:
 
     # ---- before the start
 
-    def _check(self, batch: int) -> None:
-        """Do data, networks, batch and evaluation fit?"""
+    def _check(self) -> None:
+        """Do data, networks and evaluation fit?"""
         data, engine = self.data, self.engine
-        if batch < 1 or batch > len(data):
-            raise InputError(f"batch is {batch}, expected 1 to {len(data)}, the rows of data set {data.name!r}")
         if engine.sample_shape != tuple(data.shape):
             raise InputError(
                 f"data set {data.name!r} has shape {tuple(data.shape)}, the generator makes {engine.sample_shape}"
@@ -398,9 +396,8 @@ class Trainer:
 
 def open_data(spec: DataSpec) -> Dataset:
     """The data set that a recipe names."""
-    return open_dataset(
-        spec.source, resolution=spec.resolution, channels=spec.channels, crop=spec.crop, mirror=spec.mirror
-    )
+    channels = None if spec.channels is None else {"grey": 1, "rgb": 3}[spec.channels]
+    return open_dataset(spec.source, resolution=spec.resolution, channels=channels, crop=spec.crop, mirror=spec.mirror)
 
 
 def build_engine(recipe: Recipe, shape: tuple[int, ...], n_classes: int, device: str | torch.device = "auto") -> Engine:

@@ -166,10 +166,18 @@ def load_recipe(name: str | Path, overrides: Mapping[str, tuple[str, Any]] | Non
     """
     data, file, stem = _load(name)
     data.setdefault("name", stem)
-    for path, (origin, value) in (overrides or {}).items():
+    return _read_with(data, file, overrides or {})
+
+
+def override(recipe: Recipe, file: str, overrides: Mapping[str, tuple[str, Any]]) -> Recipe:
+    """``recipe`` with overrides as for :func:`load_recipe`; ``file`` is where the recipe came from."""
+    return _read_with(recipe.to_dict(), file, overrides)
+
+
+def _read_with(data: dict[str, Any], file: str, overrides: Mapping[str, tuple[str, Any]]) -> Recipe:
+    for path, (origin, value) in overrides.items():
         _set(data, path, value, origin)
-    given = {"penalties" if path == "gamma" else path: origin for path, (origin, _) in (overrides or {}).items()}
-    return read(data, file, given)
+    return read(data, file, {"penalties" if path == "gamma" else path: o for path, (o, _) in overrides.items()})
 
 
 def read(data: Mapping[str, Any], file: str, given: Mapping[str, str] | None = None) -> Recipe:

@@ -1,0 +1,9 @@
+"""``python -m fastgan``."""
+
+from __future__ import annotations
+
+import sys
+
+from fastgan.cli import main
+
+sys.exit(main())
