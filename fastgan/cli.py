@@ -145,11 +145,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             near = difflib.get_close_matches(extra[0].split("=")[0], parser.options(), n=1, cutoff=0.5)
             parser.error(f"unknown option {extra[0]}{f'; did you mean {near[0]}?' if near else ''}")
         parser.error(f"unexpected argument {extra[0]!r}")
-    warnings.showwarning = _show_warning
+    commands = {"train": _train, "sample": _sample, "evaluate": _evaluate, "export": _export, "doctor": _doctor}
     try:
-        code: int = {"train": _train, "sample": _sample, "evaluate": _evaluate, "export": _export, "doctor": _doctor}[
-            args.command
-        ](args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = commands[args.command](args)
         sys.stdout.flush()
     except InputError as e:
         print(f"fastgan: {' '.join(str(e).split())}", file=sys.stderr)
@@ -357,12 +357,12 @@ def _write_samples(
     if suffix not in (".png", ".npz", ".npy", ".csv", ""):
         raise InputError(f"--out: {out}, expected a .png, .npz, .npy or .csv file, or a folder")
     shape = tuple(about["shape"])
-    if suffix == "" and len(shape) != 3:
+    if not suffix and len(shape) != 3:
         raise InputError(
             f"--out: {out}, but a folder is for images and {about['name']!r} is a table: take .csv or .npz"
         )
     # pixels need no data; the units of a table are the data's
-    data = Dataset(about["name"], np.empty((0, *shape), np.uint8)) if len(shape) == 3 else open_data(recipe.data)
+    data = Dataset(about["name"], np.empty((1, *shape), np.uint8)) if len(shape) == 3 else open_data(recipe.data)
     values = data.denormalise(x)  # uint8 [N, H, W, C], or float32 [N, D] in the file's units
     try:
         if suffix == ".png":

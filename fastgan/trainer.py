@@ -27,6 +27,7 @@ import torch
 import fastgan
 from fastgan import checkpoint, losses, models, penalties, pictures, runs
 from fastgan.data import Dataset, open_dataset
+from fastgan.data.toys import TOYS
 from fastgan.ema import EMA
 from fastgan.engine import Engine
 from fastgan.errors import InputError, unknown
@@ -169,6 +170,9 @@ class Trainer:
     ) -> Trainer:
         """The trainer that a recipe describes; arguments and errors as above, ``data`` goes before what it names."""
         data = data if data is not None else open_data(recipe.data)
+        path = Path(recipe.data.source).expanduser()
+        if recipe.data.source not in ("digits", *TOYS) and path.exists():  # to be found from any folder
+            recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source=str(path.resolve())))
         return cls(
             build_engine(recipe, tuple(data.shape), data.n_classes, device),
             data,
