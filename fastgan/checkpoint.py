@@ -11,6 +11,7 @@ One process at a time may write into a folder of checkpoints. A writer killed at
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -52,9 +53,9 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
 
     path = Path(os.path.realpath(path))
     new, old = path.with_name(f".{path.name}.unfinished"), _old(path)
-    if path.exists() and not (path / _REST).is_file() and not (path.is_dir() and not any(path.iterdir())):
-        raise InputError(f"{path}: exists and is not a checkpoint; not overwritten")
     try:
+        if path.exists() and not (path / _REST).is_file() and not (path.is_dir() and not any(path.iterdir())):
+            raise InputError(f"{path}: exists and is not a checkpoint; not overwritten")
         path.parent.mkdir(parents=True, exist_ok=True)
         _tidy(path.parent)
         try:
@@ -82,8 +83,7 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: the folder is missing or no checkpoint, or a file in it is cut short or from another checkpoint.
     """
-    path = Path(path)
-    folder = path if path.exists() or not _old(path).exists() else _old(path)
+    folder = _standing(Path(path))
     head = _head(folder)
     file = folder / _TENSORS
     try:
@@ -116,15 +116,16 @@ def newest(folder: str | Path) -> Path | None:
     written; :func:`load` checks their contents too.
     """
     folder = Path(folder)
-    found: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:  # ".N.replaced" sorts before "N", which wins
-        if match := re.fullmatch(r"\.(\d+)\.replaced|(\d+)", path.name):
-            try:
-                _check_size(path / _TENSORS, (path / _TENSORS).stat().st_size, _head(path))
-            except (InputError, OSError):
-                continue
-            found[int(match[1] or match[2])] = path
-    return found[max(found)] if found else None
+    found = (re.fullmatch(r"(\d+)|\.(\d+)\.replaced", f.name) for f in folder.glob("*"))
+    numbers = {match[1] or match[2] for match in found if match}
+    for name in sorted(numbers, key=int, reverse=True):
+        path = _standing(folder / name)
+        try:
+            _check_size(path / _TENSORS, (path / _TENSORS).stat().st_size, _head(path))
+        except (InputError, OSError):
+            continue
+        return folder / name
+    return None
 
 
 def _split(value: object, name: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -184,6 +185,11 @@ def _old(path: Path) -> Path:
     return path.with_name(f".{path.name}.replaced")
 
 
+def _standing(path: Path) -> Path:
+    """``path``, or where a writer was killed while it replaced that, the previous one."""
+    return _old(path) if not path.exists() and _old(path).exists() else path
+
+
 def _tidy(parent: Path) -> None:
     """Remove or put back what killed writers left."""
     for left in parent.glob(".?*.*"):
@@ -207,5 +213,8 @@ def _sync(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as e:
+        if e.errno != errno.EINVAL:  # a file system that cannot sync folders
+            raise
     finally:
         os.close(fd)

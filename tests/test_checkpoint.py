@@ -307,6 +307,7 @@ for torn in (False, True):
             os._exit(0)
         _, status = os.waitpid(child, 0)
         left = sorted(p.name for p in folder.iterdir())
+        assert checkpoint.newest(folder).name in ("0001", "0002"), (n, left)
         got = checkpoint.load(checkpoint.newest(folder))
         assert got["n"] in (1, 2) and torch.equal(got["t"], STATE[got["n"]]["t"]), (n, left)
         named = checkpoint.load(folder / "0001")
