@@ -117,10 +117,10 @@ class Dataset:
         """
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"denormalise: x has shape {tuple(x.shape)}, expected (N, *{self.shape})")
-        values = x.detach().double().cpu().numpy()
         if self.kind == "image":
-            pixels = np.rint(np.nan_to_num(values).clip(-1, 1) * 127.5 + 127.5).astype(np.uint8)
-            return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+            pixels = x.detach().float().cpu().nan_to_num().clamp(-1, 1).mul(127.5).add(127.5).round()
+            return np.ascontiguousarray(pixels.to(torch.uint8).permute(0, 2, 3, 1).numpy())
+        values = x.detach().double().cpu().numpy()
         if self._units is not None:
             offset, scale = self._units
             values = values * scale + offset

@@ -75,8 +75,8 @@ def _with_image(listing: Listing, name: str, use: Callable[[Image.Image], T]) ->
     try:
         with listing.open(name) as file, Image.open(file) as image:
             return use(image)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{listing.where}/{name}: {error}") from None
     except Exception as error:  # Pillow's readers raise about every type there is
         raise InputError(f"{listing.where}/{name}: not a whole image ({_one_line(error)})") from None
 
@@ -88,6 +88,8 @@ def _orientation(image: Image.Image) -> int:
 
 def _header(image: Image.Image) -> tuple[int, int, bool]:
     """Upright height and width, and whether the image is grey."""
+    if image.mode == "F":
+        raise InputError("floating-point pixels, expected 8 or 16 bits")
     width, height = image.size
     if _orientation(image) >= 5:
         width, height = height, width
@@ -100,8 +102,6 @@ def _fit(image: Image.Image, look: Look, channels: int) -> U8:
 
     if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise InputError("floating-point pixels")
     if image.mode.startswith("I"):  # 16 bits
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):

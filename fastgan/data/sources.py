@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import struct
 import zipfile
 import zlib
 from array import array
@@ -202,10 +203,10 @@ def _table(
 def _numpy(path: Path) -> tuple[Array, Array | None]:
     try:
         with open(path, "rb") as file:
-            whole = np.load(path, mmap_mode="r", allow_pickle=False) if file.read(1) != b"P" else None
-        if whole is not None:
-            return whole, None
-        with np.load(path, allow_pickle=False) as found:
+            if file.read(1) != b"P":
+                return np.load(path, mmap_mode="r", allow_pickle=False), None
+            file.seek(0)
+            found = np.load(file, allow_pickle=False)
             key = next((k for k in ("x", "x_train") if k in found), None)
             if key is None:
                 raise InputError(f"{path}: holds {', '.join(found) or 'nothing'}, expected an array x or x_train")
@@ -214,7 +215,11 @@ def _numpy(path: Path) -> tuple[Array, Array | None]:
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         if isinstance(error, InputError):
             raise
-        reason = "holds Python objects" if "Object arrays" in str(error) else "cut short or no NumPy file"
+        reason = (
+            "holds Python objects"
+            if re.search("Object arrays|Python objects", str(error))
+            else "cut short or no NumPy file"
+        )
         raise InputError(f"{path}: {reason}, expected arrays of numbers") from None
 
 
@@ -273,9 +278,11 @@ def _idx(path: Path, *, images: bool) -> Array:
     if raw[:4] != bytes((0, 0, 8, axes)):
         raise InputError(f"{path}: starts with {raw[:4].hex() or 'nothing'}, expected {what} in IDX: 0000080{axes}")
     header = 4 + 4 * axes
-    shape = tuple(int(size) for size in np.frombuffer(raw[4:header], ">u4"))
-    if len(shape) != axes or len(raw) - header != math.prod(shape):
-        raise InputError(f"{path}: holds {max(0, len(raw) - header)} bytes of data, its header says {shape}")
+    if len(raw) < header:
+        raise InputError(f"{path}: is {len(raw)} bytes long, its header alone has {header}")
+    shape = struct.unpack_from(f">{axes}I", raw, 4)
+    if len(raw) - header != math.prod(shape):
+        raise InputError(f"{path}: holds {len(raw) - header} bytes of data, its header says {shape}")
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 
 

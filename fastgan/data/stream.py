@@ -80,7 +80,9 @@ class Stream(Dataset):
         if x.ndim == 3:
             x = x.unsqueeze(1)
         if tuple(x.shape[1:]) != self.shape:
-            raise InputError(f"the stream gives shape {tuple(x.shape)} after {self.shape} per sample")
+            raise InputError(
+                f"the stream gives shape {tuple(x.shape)}, expected (B, {', '.join(map(str, self.shape))})"
+            )
         if self.kind == "image" and x.dtype == torch.uint8:
             return x.float() * (2 / 255) - 1
         x = x.detach().float().cpu()
