@@ -115,14 +115,15 @@ def evaluate(
         if wanted("sliced_wasserstein"):
             found["sliced_wasserstein"] = sliced_wasserstein(real.flatten(1), few.flatten(1), seed=seed)
         if dataset.kind == "image" and wanted(*_NEIGHBOURS, *_SMALL):
-            classifier = features.small_classifier(dataset, seed=seed, device=x.device)
-            real, few = classifier(real), classifier(few)
+            with features.one_thread():
+                classifier = features.small_classifier(dataset, seed=seed, device=x.device)
+                real, few = classifier(real), classifier(few)
+                if wanted("kid_small_classifier"):
+                    found["kid_small_classifier"] = kernel_distance(real, few, seed=seed)
+                if wanted("fid_small_classifier"):
+                    found["fid_small_classifier"] = frechet_distance(real, few)
         if wanted(*_NEIGHBOURS):
             found |= zip(_NEIGHBOURS, precision_recall_density_coverage(real, few), strict=True)
-        if wanted("kid_small_classifier"):
-            found["kid_small_classifier"] = kernel_distance(real, few, seed=seed)
-        if wanted("fid_small_classifier"):
-            found["fid_small_classifier"] = frechet_distance(real, few)
     if wanted(*_INCEPTION):
         extract = features.load_inception(inception_weights, device=x.device)
         pool, logits = _extracted(dataset, x, extract)
@@ -130,8 +131,8 @@ def evaluate(
             found["inception_is"] = inception_score(logits, seed=seed)
         if wanted("inception_fid", "inception_kid"):
             real_pool, _ = _extracted(dataset, _real(dataset, len(x), seed), extract)
-            found["inception_fid"] = frechet_distance(real_pool, pool) if wanted("inception_fid") else 0.0
-            found["inception_kid"] = kernel_distance(real_pool, pool, seed=seed) if wanted("inception_kid") else 0.0
+            found["inception_fid"] = frechet_distance(real_pool, pool)
+            found["inception_kid"] = kernel_distance(real_pool, pool, seed=seed)
     return {name: found[name] for name in names}
 
 
@@ -163,8 +164,8 @@ def _checked(dataset: Dataset, samples: torch.Tensor) -> torch.Tensor:
 
 
 def _drawn(n: int, most: int, seed: int) -> torch.Tensor:
-    """``min(n, most)`` row numbers below ``n`` without replacement."""
-    return noise.shuffled(torch.arange(min(n, most)), n, seed=seed)
+    """``min(n, most)`` row numbers below ``n`` without replacement, in another order than training's with this seed."""
+    return noise.shuffled(torch.arange(min(n, most)), n, seed=~seed)
 
 
 def _real(dataset: Dataset, most: int, seed: int) -> torch.Tensor:

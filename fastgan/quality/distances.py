@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterator
+
 import torch
 
 from fastgan import noise
 from fastgan.errors import InputError
 
-_BLOCK = 1 << 23  # distances held at a time: 64 MiB
+_BLOCK = 1 << 23  # fp64 numbers held at a time: 64 MiB
 
 
 def mode_coverage(samples: torch.Tensor, centers: torch.Tensor, sigma: float) -> tuple[int, float]:
@@ -47,14 +51,13 @@ def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, n_projections: int = 25
 
     Source: Rabin et al. 2011 (doi:10.1007/978-3-642-24785-9_37); Bonneel et al. 2015 (doi:10.1007/s10851-014-0506-3).
     """
-    a, b = _pair("sliced_wasserstein", a, b, least=1)
+    _check("sliced_wasserstein", a, b, least=1)
     n, m = len(a), len(b)
     directions = noise.normal(
-        n_projections, a.shape[1], seed=seed, stream=noise.Stream.EVALUATION, step=0, device=a.device, dtype=a.dtype
-    )
+        n_projections, a.shape[1], seed=seed, stream=noise.Stream.EVALUATION, step=0, device=a.device
+    ).double()
     directions = directions / directions.norm(dim=1, keepdim=True)
-    sorted_a = (directions @ a.T).sort(dim=1).values  # [n_projections, N]
-    sorted_b = (directions @ b.T).sort(dim=1).values
+    sorted_a, sorted_b = _projected(a, directions), _projected(b.to(a.device), directions)
     # both quantile functions are constant between neighbours of these levels, kept as integers of 1 / (N M)
     ends = torch.cat([torch.arange(1, n + 1, device=a.device) * m, torch.arange(1, m + 1, device=a.device) * n])
     ends = torch.unique(ends)
@@ -137,8 +140,7 @@ def kernel_distance(
     if size == len(a) == len(b):
         n_subsets = 1
     total = 0.0
-    for i in range(n_subsets):
-        x, y = _subset(a, size, 2 * i, seed), _subset(b, size, 2 * i + 1, seed)
+    for x, y in zip(_subsets(a, n_subsets, size, 0, seed), _subsets(b, n_subsets, size, 1, seed), strict=True):
         own = sum(((k := _kernel(t, t)).sum() - k.trace()) / (size * (size - 1)) for t in (x, y))
         total += float(own - 2.0 * _kernel(x, y).mean())
     return total / n_subsets
@@ -158,19 +160,29 @@ def inception_score(logits: torch.Tensor, splits: int = 10, seed: int = 0) -> fl
     log_p = logits.double()[order].log_softmax(dim=1)
     scores = []
     for part in log_p.tensor_split(min(splits, len(log_p))):
-        log_marginal = part.logsumexp(dim=0) - torch.tensor(float(len(part)), dtype=torch.float64).log()
+        log_marginal = part.logsumexp(dim=0) - math.log(len(part))
         scores.append((part.exp() * (part - log_marginal)).sum(dim=1).mean().exp())
     return float(torch.stack(scores).mean())
 
 
 def _pair(name: str, a: torch.Tensor, b: torch.Tensor, *, least: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Both sets in fp64 on the device of ``a``."""
+    _check(name, a, b, least=least)
+    return a.detach().double(), b.detach().to(a.device, torch.float64)
+
+
+def _check(name: str, a: torch.Tensor, b: torch.Tensor, *, least: int) -> None:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < least:
         raise InputError(
             f"{name}: sets have shapes {tuple(a.shape)} and {tuple(b.shape)}, "
             f"expected [N, D] and [M, D] with at least {least} row{'s' * (least > 1)} each"
         )
-    return a.detach().double(), b.detach().to(a.device, torch.float64)
+
+
+def _projected(points: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Sorted along each direction, ``[n_projections, N]``; images are wide, so a part at a time is taken to fp64."""
+    parts = torch.split(points.detach(), max(1, _BLOCK // points.shape[1]))
+    return torch.cat([directions @ part.double().T for part in parts], dim=1).sort(dim=1).values
 
 
 def _share(flags: torch.Tensor) -> float:
@@ -198,9 +210,17 @@ def _covariance(points: torch.Tensor) -> torch.Tensor:
     return centred.T @ centred / (len(points) - 1)
 
 
-def _subset(points: torch.Tensor, size: int, draw: int, seed: int) -> torch.Tensor:
-    return points[noise.shuffled(torch.arange(size) + draw * len(points), len(points), seed=seed).to(points.device)]
+def _subsets(points: torch.Tensor, n_subsets: int, size: int, first: int, seed: int) -> Iterator[torch.Tensor]:
+    """The first ``size`` rows of every second shuffle; the other set takes the other shuffles."""
+    if size == len(points):  # whatever the order
+        yield from itertools.repeat(points, n_subsets)
+        return
+    shuffle = (2 * torch.arange(n_subsets) + first) * len(points)
+    position = (shuffle.unsqueeze(1) + torch.arange(size)).flatten()
+    for rows in noise.shuffled(position, len(points), seed=seed).to(points.device).reshape(n_subsets, size):
+        yield points[rows]
 
 
 def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return (x @ y.T / x.shape[1] + 1.0) ** 3
+    base = torch.addmm(x.new_ones(1), x, y.T, alpha=1.0 / x.shape[1])
+    return base * base * base

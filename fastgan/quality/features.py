@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,14 +31,25 @@ _FEATURES = 64
 _SCALE_ROWS = 2000
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For many small operations: threads on busy cores wait for each other, and their number changes the rounding."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def small_classifier(dataset: Dataset, *, seed: int, device: torch.device) -> Features:
     """The last hidden layer, 64 wide, of a small convolutional network trained on the data set at hand.
 
     It learns the labels, or where there are none, by how many quarter turns an image is rotated (images that are not
     square: half turns); 200 steps of Adam at batch 128. Weights and order depend on ``seed`` alone, torch's global
     generators are not touched, and the caller may be in ``no_grad`` or ``inference_mode``. On a CPU, with the same
-    number of threads, the same seed gives the same features. They are shifted and divided by one number so that 2,000
-    real rows have mean 0 and a variance of 1 on average, which makes figures of several seeds and data sets comparable.
+    number of threads (see :func:`one_thread`), the same seed gives the same features. They are shifted and divided by
+    one number, so that 2,000 real rows have mean 0 and a variance of 1 on average.
 
     Args:
         dataset: images ``[C, H, W]`` of any size.
@@ -53,8 +65,8 @@ def small_classifier(dataset: Dataset, *, seed: int, device: torch.device) -> Fe
     with torch.inference_mode(False), torch.enable_grad():
         body, head = _network(dataset.shape, dataset.n_classes if labelled else len(turns), seed, device)
         optimizer = torch.optim.Adam([*body.parameters(), *head.parameters()], lr=2e-3)
-        for step in range(_STEPS):
-            index = noise.shuffled(torch.arange(_BATCH) + step * _BATCH, len(dataset), seed=seed)
+        order = noise.shuffled(torch.arange(_STEPS * _BATCH), len(dataset), seed=seed)
+        for step, index in enumerate(order.reshape(_STEPS, _BATCH)):
             x, y = dataset.batch(index, None)
             if y is None or not labelled:
                 parts = x.chunk(len(turns))
@@ -125,8 +137,9 @@ def load_inception(weights: str | os.PathLike[str] | None, *, device: torch.devi
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:  # the latter from a torchvision built for another torch
+        reason = str(error).partition("\n")[0]
         raise InputError(
-            f"Inception figures need the package torch-fidelity, pip install 'fastgan[inception]' ({error}); "
+            f"Inception figures need the package torch-fidelity, pip install 'fastgan[inception]' ({reason}); "
             f"their weights are there: {path}"
         ) from error
     try:
@@ -136,7 +149,8 @@ def load_inception(weights: str | os.PathLike[str] | None, *, device: torch.devi
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
             )
     except Exception as error:  # a foreign file fails in any way
-        raise InputError(f"{path}: not the Inception weights, expected {INCEPTION_FILES[0]}") from error
+        what = type(error).__name__
+        raise InputError(f"{path}: not the Inception weights ({what}), expected {INCEPTION_FILES[0]}") from error
     network.to(device)
 
     def extract(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
