@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -377,6 +378,14 @@ def test_stylegan_json(tmp_path, how, labelled):
     assert data.n_classes == (3 if labelled else 0)
 
 
+@pytest.mark.parametrize("how", ["folder", "zip"])
+def test_many_images_in_several_threads(tmp_path, how):
+    images = RNG.integers(0, 256, (300, 6, 4), dtype=np.uint8)
+    files = {f"{i:03}.png": png(image) for i, image in enumerate(images)}
+    path = folder(tmp_path / "s", files) if how == "folder" else zipped(tmp_path / "s.zip", files)
+    np.testing.assert_array_equal(pixels(open_dataset(path))[..., 0], images)
+
+
 def test_linked_class_folders(tmp_path):
     folder(tmp_path / "real", {"0.png": png(RGB[0])})
     folder(tmp_path / "set", {"b/1.png": png(RGB[1])})
@@ -552,9 +561,7 @@ def test_unsupported_endings(tmp_path):
     assert "unsupported ending '.png', expected a folder or zip of images" in message(tmp_path / "a.png")
 
 
-@pytest.mark.skipif(
-    not hasattr(__import__("os"), "geteuid") or __import__("os").geteuid() == 0, reason="root reads all"
-)
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 def test_a_file_that_may_not_be_read(tmp_path):
     np.save(tmp_path / "a.npy", RGB)
     (tmp_path / "a.npy").chmod(0)
@@ -641,8 +648,18 @@ def test_a_cache_that_cannot_be_written(tmp_path, little_memory):
     assert got.endswith("; FASTGAN_CACHE names another folder")
 
 
-def test_available_memory_is_that_of_this_machine():
-    assert 1 << 20 < storage.available_memory() < 1 << 50
+def test_available_memory(monkeypatch):
+    assert 1 << 20 < storage.available_memory() < 1 << 50  # of this machine
+    files = {
+        "/proc/meminfo": "MemTotal: 900 kB\nMemAvailable:    500 kB\n",
+        "/sys/fs/cgroup/memory.max": "300000\n",
+        "/sys/fs/cgroup/memory.current": "200000\n",
+        "/sys/fs/cgroup/memory.stat": "anon 20000\ninactive_file 150000\n",
+    }
+    monkeypatch.setattr(Path, "read_text", lambda self: files[str(self)])
+    assert storage.available_memory() == 250_000  # a container
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert storage.available_memory() == 512_000
 
 
 # Data sets
@@ -655,9 +672,15 @@ def test_batch_mirrors_and_checks():
     assert not torch.equal(x[1], x[0])
     assert y.tolist() == [0, 0]
     assert data.batch(torch.empty(0, dtype=torch.int64))[0].shape == (0, 3, 5, 5)
+    strided = torch.tensor([5, 0, 1, 0])[::2]
+    assert torch.equal(data.batch(strided)[0], data.batch(strided.clone())[0])
     for bad in (-1, 6):
         with pytest.raises(IndexError):
             data.batch(torch.tensor([bad]))
+        with pytest.raises(IndexError):
+            open_dataset(RGB).batch(torch.tensor([bad]))
+        with pytest.raises(IndexError):
+            open_dataset(torch.zeros(6, 2)).batch(torch.tensor([bad]))
 
 
 def test_the_reference_gives_the_same_batches(monkeypatch):

@@ -99,11 +99,11 @@ class Dataset:
         return self._fill(indices, flips, np.empty((len(indices), self._rows.shape[1]), np.float32))
 
     def _fill(self, indices: torch.Tensor, flips: torch.Tensor | None, out: F32) -> Batch:
-        labels = None if self._labels is None else self._labels[indices]
+        labels = None if self._labels is None else self._labels.index_select(0, indices)
         if self.kind == "table":
-            return self._table[indices], labels
-        mirrored = None if flips is None else flips.numpy()
-        gather(self._rows, indices.numpy(), mirrored, out, self.shape[-1], _SCALE, _OFFSET)
+            return self._table.index_select(0, indices), labels
+        mirrored = None if flips is None else flips.contiguous().numpy()
+        gather(self._rows, indices.contiguous().numpy(), mirrored, out, self.shape[-1], _SCALE, _OFFSET)
         return torch.from_numpy(out).view(len(indices), *self.shape), labels
 
     def denormalise(self, x: torch.Tensor) -> U8 | F32:

@@ -76,10 +76,7 @@ def open_dataset(
     if resolution is not None and (type(resolution) is not int or not 1 <= resolution <= 1 << 14):
         raise InputError(f"resolution is {resolution!r}, expected 1 … 16384 pixels")
     look = Look(resolution, channels, crop)
-    try:
-        data = _open(source, look, mirror)
-    except OSError as error:
-        raise InputError(f"{error.filename or source}: {error.strerror or error}") from None
+    data = _open(source, look, mirror)
     if data.kind == "table" and (look != Look() or mirror):
         raise InputError(f"{data.name} is a table: resolution, channels, crop and mirror are for images")
     return data
@@ -87,7 +84,10 @@ def open_dataset(
 
 def _open(source: Source, look: Look, mirror: bool) -> Dataset:
     if isinstance(source, (str, os.PathLike)):
-        return _named(os.fspath(source), look, mirror)
+        try:
+            return _named(os.fspath(source), look, mirror)
+        except OSError as error:
+            raise InputError(f"{error.filename or source}: {error.strerror or error}") from None
     if isinstance(source, (torch.Tensor, np.ndarray)):
         return _arrays(source, None, "tensor", look, mirror)
     if isinstance(source, tuple) and [isinstance(v, (torch.Tensor, np.ndarray)) for v in source] == [True, True]:

@@ -27,7 +27,9 @@ def available_memory() -> int:
             if line.startswith("MemAvailable:"):
                 free.append(int(line.split()[1]) * 1024)
         group = Path("/sys/fs/cgroup")
-        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free.append(limit - used + int(stat["inactive_file"]))  # cached files give way
     except (OSError, ValueError):  # another system, or no limit
         pass
     return max(0, min(free, default=4 << 30))

@@ -83,9 +83,10 @@ class Stream(Dataset):
             raise InputError(
                 f"the stream gives shape {tuple(x.shape)}, expected (B, {', '.join(map(str, self.shape))})"
             )
+        x = x.detach().cpu()
         if self.kind == "image" and x.dtype == torch.uint8:
             return x.float() * (2 / 255) - 1
-        x = x.detach().float().cpu()
+        x = x.float()
         low, high = (float(v) for v in x.aminmax()) if len(x) else (0.0, 0.0)
         if self.kind == "table":
             if not np.isfinite(low + high):
