@@ -178,6 +178,8 @@ def _train(args: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1) if args.json else _table(list(found.items())))
         return 0
     _threads(args.threads)
+    import torch
+
     from fastgan import runs
     from fastgan.recipes.schema import load_recipe, override
     from fastgan.trainer import Trainer
@@ -192,6 +194,7 @@ def _train(args: argparse.Namespace) -> int:
         recipe = override(before, f"{resume}/config.json", overrides)
     else:
         recipe = load_recipe(args.recipe or _DEFAULT_RECIPE, overrides)
+    torch.manual_seed(recipe.seed)  # what dropout draws from
     trainer = Trainer.from_recipe(
         recipe,
         outdir=args.outdir,
