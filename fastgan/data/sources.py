@@ -212,9 +212,11 @@ def _numpy(path: Path) -> tuple[Array, Array | None]:
                 raise InputError(f"{path}: holds {', '.join(found) or 'nothing'}, expected an array x or x_train")
             label = key.replace("x", "y", 1)
             return found[key], found.get(label)
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        if isinstance(error, InputError):
-            raise
+    except (InputError, OSError):
+        raise
+    except MemoryError:
+        raise InputError(f"{path}: does not fit in memory; an .npy file would be mapped") from None
+    except Exception as error:  # of a damaged file NumPy raises about every type there is
         reason = (
             "holds Python objects"
             if re.search("Object arrays|Python objects", str(error))
@@ -311,21 +313,21 @@ def _folder(root: Path) -> Listing:
 
 
 def _zip(path: Path, name: str, look: Look, mirror: bool) -> Dataset:
-    try:
-        with zipfile.ZipFile(path) as file:
+    with open(path, "rb") as raw:
+        try:
+            file = zipfile.ZipFile(raw)
             members = {member.filename: member for member in file.infolist()}
+            index = file.read("dataset.json") if "dataset.json" in members else None
+        except Exception as error:  # of a damaged file zipfile raises about every type there is
+            raise InputError(f"{path}: not a whole zip file ({error})") from None
 
-            def stamp(name: str) -> list[int]:
-                return [members[name].file_size, members[name].CRC]
+        def stamp(name: str) -> list[int]:
+            return [members[name].file_size, members[name].CRC]
 
-            def read(name: str) -> IO[bytes]:
-                return file.open(members[name])
+        def read(name: str) -> IO[bytes]:
+            return file.open(members[name])
 
-            listing = Listing(str(path), _only_images(members), read, stamp)
-            index = read("dataset.json").read() if "dataset.json" in members else None
-            return _images(listing, index, name, look, mirror)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-        raise InputError(f"{path}: not a whole zip file ({error})") from None
+        return _images(Listing(str(path), _only_images(members), read, stamp), index, name, look, mirror)
 
 
 def _only_images(names: Iterable[str]) -> list[str]:
