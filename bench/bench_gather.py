@@ -92,6 +92,8 @@ def main() -> None:
     conditions = {
         "cpu": next(line.split(": ")[1] for line in info if line.startswith("model name")),
         "cores": len(os.sched_getaffinity(0)),
+        "load_average": round(os.getloadavg()[0], 1),
+        "nice": os.nice(0),
         "system": platform.platform(),
         "python": platform.python_version(),
         "numpy": np.__version__,
