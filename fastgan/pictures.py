@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from fastgan.data import Dataset
 
-_CELL = 32  # least pixels per side of a picture in a grid
+_CELL = 48  # least pixels per side of a picture in a grid
 
 
 def samples(dataset: Dataset, x: torch.Tensor, path: Path, *, columns: int | None = None) -> None:
@@ -109,7 +109,7 @@ def loss_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
         plot.set_ylabel(label)
         plot.grid(alpha=0.3)
         if plot.lines:
-            plot.legend(loc="upper right")
+            plot.legend(loc="upper left", bbox_to_anchor=(1, 1))
     plot.set_xlabel("thousands of real images shown (kimg)")
     _write_figure(figure, path)
 
