@@ -145,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             near = difflib.get_close_matches(extra[0].split("=")[0], parser.options(), n=1, cutoff=0.5)
             parser.error(f"unknown option {extra[0]}{f'; did you mean {near[0]}?' if near else ''}")
         parser.error(f"unexpected argument {extra[0]!r}")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads are 20 times slower on cores that are shared
+    if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin for long are 20 times slower on cores that are shared
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     commands = {"train": _train, "sample": _sample, "evaluate": _evaluate, "export": _export, "doctor": _doctor}
     try:
         with warnings.catch_warnings():
