@@ -30,7 +30,7 @@ from fastgan.data import Dataset, open_dataset
 from fastgan.data.toys import TOYS
 from fastgan.ema import EMA
 from fastgan.engine import Engine
-from fastgan.errors import InputError, unknown
+from fastgan.errors import InputError
 from fastgan.optim import Adam, AdamW, Schedule
 from fastgan.recipes import Recipe
 from fastgan.recipes.schema import DataSpec, EvaluationSpec, OptimizerSpec, iterations
@@ -281,11 +281,12 @@ class Trainer:
             raise InputError(
                 f"data set {data.name!r} has {has}, the networks are conditional on {engine.n_classes} classes"
             )
-        from fastgan.quality import METRICS
+        from fastgan.quality import check
 
-        for name in self.evaluation.metrics:
-            if name not in ("auto", "none", *METRICS):
-                raise InputError(f"evaluation.metrics: {unknown('metric', name, ['auto', 'none', *METRICS])}")
+        try:
+            check(data, _wanted(self.evaluation))
+        except InputError as e:
+            raise InputError(f"evaluation.metrics: {e}") from e
 
     def _resume(self, folder: Path) -> None:
         old = runs.config(folder)
@@ -478,11 +479,18 @@ def quality(
     """Quality figures of an engine's samples; empty for metrics ``none``."""
     from fastgan import quality as figures
 
-    if evaluation.metrics == ("none",):
+    metrics = _wanted(evaluation)
+    if not metrics:
         return {}
-    metrics = "auto" if evaluation.metrics == ("auto",) else evaluation.metrics
     x = engine.sample(evaluation.samples, seed=_QUALITY_SEED, ema=ema)
-    return figures.evaluate(data, x, metrics, seed=engine.seed, inception_weights=inception_weights)
+    return figures.evaluate(data, x, metrics, inception_weights=inception_weights)
+
+
+def _wanted(evaluation: EvaluationSpec) -> str | tuple[str, ...]:
+    """What :func:`fastgan.quality.evaluate` is asked for; nothing for metrics ``none``."""
+    if evaluation.metrics == ("none",):
+        return ()
+    return "auto" if evaluation.metrics == ("auto",) else evaluation.metrics
 
 
 # ---- what the run shows and listens to

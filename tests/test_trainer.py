@@ -392,3 +392,15 @@ def test_cli_prints_how_to_go_on(
     said = capsys.readouterr()
     assert f"to go on: fastgan train --resume {tmp_path}/00000-wgan-gp-digits" in said.err
     assert "checkpoints/00001600" in said.out
+
+
+def test_figures_that_cannot_be_had_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    for metrics, message in (
+        ("modes_covered", "modes_covered: data set 'digits' has no known modes"),
+        ("inception_fid", "nception"),
+        ("fid", "unknown metric 'fid'"),
+    ):
+        recipe = load_recipe("wgan-gp", {"evaluation.metrics": ("--set", metrics)})
+        with pytest.raises(InputError, match=message):
+            Trainer.from_recipe(recipe, outdir=tmp_path / "runs", device="cpu")
+    assert not (tmp_path / "runs").exists()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "METRICS",
     "Metric",
+    "check",
     "evaluate",
     "frechet_distance",
     "inception_score",
@@ -69,6 +70,18 @@ _NEIGHBOURS = ("precision", "recall", "density", "coverage")
 _SMALL = ("kid_small_classifier", "fid_small_classifier")
 _INCEPTION = ("inception_fid", "inception_kid", "inception_is")
 _MOST_ROWS = 10_000  # neighbour figures compare every pair of rows
+
+
+def check(
+    dataset: Dataset, metrics: str | Iterable[str] = "auto", inception_weights: str | os.PathLike[str] | None = None
+) -> None:
+    """Can these figures be had of this data set, here? For callers who train before they evaluate.
+
+    Raises:
+        InputError: as :func:`evaluate`, without looking at any samples.
+    """
+    if not set(_INCEPTION).isdisjoint(_chosen(dataset, metrics)):
+        features.load_inception(inception_weights, device=torch.device("cpu"))
 
 
 def evaluate(
@@ -149,6 +162,8 @@ def _chosen(dataset: Dataset, metrics: str | Iterable[str]) -> list[str]:
             raise InputError(f"{name}: data set {dataset.name!r} is a {dataset.kind}, expected images")
         if name in _INCEPTION and dataset.shape[0] not in (1, 3):
             raise InputError(f"{name}: data set {dataset.name!r} has {dataset.shape[0]} channels, expected 1 or 3")
+        if name in _MODES and dataset.modes is None:
+            raise InputError(f"{name}: data set {dataset.name!r} has no known modes, expected a toy")
     return names
 
 
@@ -173,8 +188,7 @@ def _real(dataset: Dataset, most: int, seed: int) -> torch.Tensor:
 
 
 def _modes(dataset: Dataset, x: torch.Tensor) -> tuple[float, float]:
-    if dataset.modes is None:
-        raise InputError(f"modes: data set {dataset.name!r} has no known modes, expected a toy")
+    assert dataset.modes is not None  # _chosen has seen to it
     covered, high_quality = mode_coverage(x, dataset.modes.centers, dataset.modes.sigma)
     return float(covered), high_quality
 
