@@ -5,16 +5,7 @@
 #include <thread>
 #include <vector>
 
-// One binary for every x86-64: the loader picks by processor, which needs glibc. AVX-512 is no faster here: the rows'
-// way from memory is what takes the time.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
-#if __has_attribute(target_clones)
-#define FASTGAN_CLONES __attribute__((target_clones("avx2", "default")))
-#endif
-#endif
-#ifndef FASTGAN_CLONES
-#define FASTGAN_CLONES
-#endif
+#include "clones.hpp"
 
 namespace fastgan {
 namespace {
@@ -22,6 +13,7 @@ namespace {
 constexpr std::size_t kElementsPerThread = 1 << 19;  // below, starting a thread costs more than it saves: bench_gather
 constexpr std::size_t kPrefetch = 4096;  // bytes of the next row; rows are at random places, the rest of one is not
 
+// AVX-512 is no faster here: the rows' way from memory is what takes the time.
 FASTGAN_CLONES void copy_rows(const std::uint8_t* rows, std::size_t row_size, const std::int64_t* index,
                               const bool* flips, float* out, std::size_t begin, std::size_t end, std::size_t width,
                               float scale, float offset) {

@@ -15,11 +15,13 @@ import math
 
 import torch
 
+from fastgan._native import ext
+
 Step = int | torch.Tensor
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85  # key increments
-_LOW = 0xFFFFFFFF
+_LOW, _LOW64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 
 
 class Stream(enum.IntEnum):
@@ -56,6 +58,32 @@ def philox(counter: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:
     return torch.stack([even[0], odd[0], even[1], odd[1]])
 
 
+def bits_reference(step: torch.Tensor, rows: int, cols: int, seed: int, stream: int, first_row: int) -> torch.Tensor:
+    """What :func:`bits` computes, in torch ops, on ``step``'s device."""
+    quads, device = -(-cols // 4), step.device
+    row = torch.arange(first_row, first_row + rows, device=device).unsqueeze(1)
+    col = torch.arange(quads, device=device).unsqueeze(0)
+    high = ((step >> 32) & 0xFFFF) | (stream << 16)
+    counter = torch.stack([c.expand(rows, quads) for c in (col, row, step & _LOW, high)])
+    out = philox(counter, (seed & _LOW, (seed >> 32) & _LOW))
+    return out.permute(1, 2, 0).reshape(rows, quads * 4)[:, :cols]
+
+
+def _bits_native(step: torch.Tensor, rows: int, cols: int, seed: int, stream: int, first_row: int) -> torch.Tensor:
+    out = torch.empty(rows, -(-cols // 4) * 4, dtype=torch.int64)
+    assert ext is not None
+    ext.philox(out.numpy(), first_row, int(step), stream, seed & _LOW64)
+    return out[:, :cols]
+
+
+# an op of its own, so that what records a step sees its inputs
+_LIBRARY = torch.library.Library("fastgan", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define("bits(Tensor step, int rows, int cols, int seed, int stream, int first_row) -> Tensor")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("bits", bits_reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+if ext is not None:
+    _LIBRARY.impl("bits", _bits_native, "CPU")  # type: ignore[no-untyped-call]
+
+
 def bits(
     rows: int, cols: int, *, seed: int, stream: Stream, step: Step, first_row: int = 0, device: torch.device | str
 ) -> torch.Tensor:
@@ -66,18 +94,14 @@ def bits(
         cols: numbers per row.
         seed: any integer; taken modulo 2**64.
         stream: what the numbers are for.
-        step: counter, an integer below 2**48 or a 0-dim int64 tensor on ``device`` (never read by the host).
+        step: counter, an integer below 2**48 or a 0-dim int64 tensor on ``device`` (never read back from a GPU).
         first_row: row number of row 0, for a part of a larger batch.
-        device: where the numbers are made.
+        device: where the numbers are made; on a CPU natively where the extension was built, equal to the bit.
     """
-    quads = -(-cols // 4)
-    row = torch.arange(first_row, first_row + rows, device=device).unsqueeze(1)
-    col = torch.arange(quads, device=device).unsqueeze(0)
     at = step if isinstance(step, torch.Tensor) else torch.tensor(step, device=device)
-    high = ((at >> 32) & 0xFFFF) | (int(stream) << 16)
-    counter = torch.stack([c.expand(rows, quads) for c in (col, row, at & _LOW, high)])
-    out = philox(counter, (seed & _LOW, (seed >> 32) & _LOW))
-    return out.permute(1, 2, 0).reshape(rows, quads * 4)[:, :cols]
+    seed = (seed + 2**63) % 2**64 - 2**63  # an op takes int64
+    out: torch.Tensor = torch.ops.fastgan.bits(at, rows, cols, seed, int(stream), first_row)
+    return out
 
 
 def uniform(
@@ -108,12 +132,12 @@ def normal(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Standard normal numbers by Box and Muller, ``[rows, cols]``; arguments as for :func:`bits`."""
-    half = -(-cols // 4) * 2
-    raw = bits(rows, 2 * half, seed=seed, stream=stream, step=step, first_row=first_row, device=device)
+    pairs = -(-cols // 2)
+    raw = bits(rows, 2 * pairs, seed=seed, stream=stream, step=step, first_row=first_row, device=device)
     u = (raw.double() + 0.5) * 2.0**-32  # in (0, 1): the logarithm is finite
-    radius = (-2.0 * u[:, :half].log()).sqrt()
-    angle = (2.0 * math.pi) * u[:, half:]
-    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :cols].to(dtype)
+    radius = (-2.0 * u[:, 0::2].log()).sqrt()
+    angle = (2.0 * math.pi) * u[:, 1::2]
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=2).reshape(rows, 2 * pairs)[:, :cols].to(dtype)
 
 
 def integers(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgan import noise
+from fastgan import native_available, noise
 from fastgan.noise import Stream
 
 KEY = {"seed": 7, "stream": Stream.D_LATENT, "step": 3, "device": "cpu"}
@@ -42,6 +42,18 @@ def test_a_batch_may_be_made_in_parts_and_the_step_may_be_a_tensor() -> None:
 @pytest.mark.parametrize("change", [{"seed": 8}, {"stream": Stream.G_LATENT}, {"step": 4}, {"step": 3 + 2**32}])
 def test_another_key_gives_other_numbers(change: dict) -> None:
     assert not (noise.bits(8, 8, **KEY) == noise.bits(8, 8, **{**KEY, **change})).any()
+
+
+@given(rows=st.integers(0, 9), cols=st.integers(0, 9), step=st.integers(0, 2**48 - 1), first=st.integers(0, 2**31),
+       seed=st.integers(-(2**64), 2**64), stream=st.sampled_from(Stream))  # fmt: skip
+def test_native_bits_are_the_references(rows: int, cols: int, step: int, first: int, seed: int, stream: Stream) -> None:
+    assert native_available()
+    got = noise.bits(rows, cols, seed=seed, stream=stream, step=step, first_row=first, device="cpu")
+    assert torch.equal(got, noise.bits_reference(torch.tensor(step), rows, cols, seed, int(stream), first))
+
+
+def test_a_number_depends_on_its_row_and_column_only() -> None:
+    assert torch.equal(noise.normal(10, 8, **KEY)[:6, :3], noise.normal(6, 3, **KEY))
 
 
 def test_distributions() -> None:
