@@ -24,16 +24,16 @@ from fastgan.ema import EMA
 from fastgan.errors import InputError, unknown
 from fastgan.noise import Stream
 from fastgan.optim import Adam, Updater
-from fastgan.penalties import DRAGAN, Penalty, Place
+from fastgan.penalties import Penalty, Perturbing, Place
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Latent = int | Callable[[int, torch.Generator], torch.Tensor]
 Batch = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
 State = dict[str, Any]
 
-_METRICS = ("d_loss", "g_loss", "penalty", "d_real", "d_fake")
+_METRICS = ("d_loss", "g_loss", "d_real", "d_fake")
 _MIXES_ROWS = (nn.modules.batchnorm._BatchNorm,)
-_SCALE_START, _SCALE_GROWTH_INTERVAL = 2.0**16, 2000
+_SCALE_START, _SCALE_LEAST, _SCALE_GROWTH_INTERVAL = 2.0**16, 2.0**-14, 2000
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,10 @@ class Engine:
     ) -> None:
         if isinstance(latent, int) and latent < 1:
             raise InputError(f"Engine: latent is {latent}, expected >= 1")
-        if n_critic < 1:
-            raise InputError(f"Engine: n_critic is {n_critic}, expected >= 1")
+        if not isinstance(n_critic, int) or n_critic < 1:
+            raise InputError(f"Engine: n_critic is {n_critic}, expected a whole number >= 1")
+        if not isinstance(ema, EMA | int | float | None):
+            raise InputError(f"Engine: ema is {ema!r}, expected None, a decay or fastgan.EMA")
         if checked(backend, "Engine") == "triton":
             raise InputError(
                 "Engine: backend is 'triton', but every phase runs in PyTorch ops: use 'auto' or 'reference'"
@@ -108,6 +110,7 @@ class Engine:
         self.latent, self.loss, self.n_critic = latent, losses.get(loss), n_critic
         self.penalties, self.seed, self.n_classes = tuple(penalties), int(seed), n_classes
 
+        self._sets_precision = _old_precision_setting()
         self.sample_shape = self._probe()
         parameters = [p for p in (*generator.parameters(), *discriminator.parameters()) if p.is_floating_point()]
         self.dtype = parameters[0].dtype if parameters else torch.float32
@@ -120,8 +123,9 @@ class Engine:
             *(Phase("discriminator", False, tuple(p for p in self.penalties if p.interval == k), k) for k in lazy),
             Phase("generator", True),
         )
-        self._g = Updater("g_optimizer", generator, g_optimizer or Adam())
-        self._d = Updater("d_optimizer", discriminator, d_optimizer or Adam(), sum(1 / k for k in lazy))
+        self.g_optimizer, self.d_optimizer = g_optimizer or Adam(), d_optimizer or Adam()
+        self._g = Updater("g_optimizer", generator, self.g_optimizer)
+        self._d = Updater("d_optimizer", discriminator, self.d_optimizer, sum(1 / k for k in lazy))
         self.ema = EMA(decay=ema) if isinstance(ema, int | float) else ema
         self.generator_ema = averaging.copy_of(generator) if self.ema else None
 
@@ -130,6 +134,8 @@ class Engine:
         self._counters = torch.zeros(4, dtype=torch.int64, device=self.device)
         self._d_count, self._g_count, self._image_count, self._averaged = self._counters.unbind()
         self._metrics = torch.full((len(_METRICS),), math.nan, dtype=self.dtype, device=self.device)
+        penalised = [phase for phase in self.phases if phase.penalties]
+        self._penalty = {phase: torch.full_like(self._metrics[0], math.nan) for phase in penalised}
         self._scale = torch.full((), _SCALE_START, device=self.device)
         self._good_steps = torch.zeros((), dtype=torch.int64, device=self.device)
         self._warn_of_mixed_rows()
@@ -149,11 +155,11 @@ class Engine:
     def _probe(self) -> tuple[int, ...]:
         """Run both networks once on two samples, in evaluation mode: do they fit, and is the last layer a sigmoid?"""
         self._sigmoid: nn.Module | None = None
-        ends: dict[nn.Module, torch.Tensor] = {}
+        ends: dict[nn.Module, list[torch.Tensor]] = {}
         networks = (self.generator, self.discriminator)
         training = {m: m.training for network in networks for m in network.modules()}
         sigmoids = [m for m in self.discriminator.modules() if isinstance(m, nn.Sigmoid)]
-        hooks = [m.register_forward_hook(lambda m, args, out: ends.update({m: out})) for m in sigmoids]
+        hooks = [m.register_forward_hook(lambda m, args, out: ends.setdefault(m, []).append(out)) for m in sigmoids]
         labels = torch.zeros(2, dtype=torch.int64, device=self.device) if self.n_classes else None
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             try:
@@ -162,7 +168,9 @@ class Engine:
                 dtype = next((p.dtype for p in self.generator.parameters()), torch.float32)
                 z = self._latents(2, Stream.SAMPLE, 0, dtype=dtype)
                 x = _call("generator", self.generator, z, labels, f"latents {_shape(z)}")
-                logits = _call("discriminator", self.discriminator, x, labels, f"the generator's output {_shape(x)}")
+                what = f"the generator's output {_shape(x)}"
+                with torch.enable_grad():
+                    logits = _call("discriminator", self.discriminator, x, labels, what)
             finally:
                 for hook in hooks:
                     hook.remove()
@@ -172,9 +180,19 @@ class Engine:
             raise InputError(f"generator: gave {_shape(x)} for 2 latents, expected [2, ...]")
         if logits.ndim < 1 or len(logits) != 2:
             raise InputError(f"discriminator: gave {_shape(logits)} for 2 samples, expected [2] or [2, ...]")
-        for module, out in ends.items():
-            if out.data_ptr() == logits.data_ptr() and out.numel() == logits.numel():
+        for module, outs in ends.items():
+            if outs[-1].data_ptr() == logits.data_ptr() and outs[-1].numel() == logits.numel():
+                if len(outs) > 1:
+                    raise InputError(
+                        "discriminator: its final Sigmoid is used elsewhere too: give each use its own module"
+                    )
                 self._sigmoid = module
+        if self._sigmoid is None and _ends_in_sigmoid(logits):
+            warnings.warn(
+                "the discriminator ends in torch.sigmoid, and its probabilities are taken for logits: return the "
+                "logits, or end in nn.Sigmoid, which is recognised",
+                stacklevel=3,
+            )
         return tuple(x.shape[1:])
 
     def _warn_of_mixed_rows(self) -> None:
@@ -203,7 +221,16 @@ class Engine:
             )  # fmt: skip
         key = noise.bits(1, 2, seed=seed, stream=stream, step=int(step), first_row=first_row, device="cpu")[0].tolist()
         generator = torch.Generator().manual_seed(key[0] << 31 ^ key[1])
-        return self.latent(batch, generator).to(self.device, dtype)
+        z = self.latent(batch, generator)
+        if len(z) != batch:
+            raise InputError(f"Engine: latent gave {_shape(z)}, expected [{batch}, ...]")
+        return z.to(self.device, dtype if z.is_floating_point() else None)
+
+    def _given_latents(self, what: str, z: torch.Tensor, batch: int) -> torch.Tensor:
+        expected = (batch, self.latent) if isinstance(self.latent, int) else (batch, *z.shape[1:])
+        if tuple(z.shape) != expected:
+            raise InputError(f"{what} has shape {_shape(z)}, expected {list(expected)}")
+        return z.to(self.device, self.dtype if z.is_floating_point() else None)
 
     def _given(self, what: str, x: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
         if x is None:
@@ -224,6 +251,8 @@ class Engine:
 
     def _labels(self, what: str, labels: torch.Tensor | None, batch: int) -> torch.Tensor | None:
         if not self.n_classes:
+            if labels is not None:
+                raise InputError(f"{what}: labels were given, but the networks are not conditional: see n_classes")
             return None
         if labels is None:
             raise InputError(
@@ -231,6 +260,10 @@ class Engine:
             )
         if tuple(labels.shape) != (batch,) or labels.is_floating_point():
             raise InputError(f"{what}: labels are {labels.dtype} {_shape(labels)}, expected integers [{batch}]")
+        if labels.device.type == "cpu":  # elsewhere the check would wait for the device
+            low, high = (int(v) for v in labels.aminmax())
+            if low < 0 or high >= self.n_classes:
+                raise InputError(f"{what}: labels are in {low} ... {high}, expected 0 ... {self.n_classes - 1}")
         return labels.to(self.device, torch.int64)
 
     # ---- training
@@ -263,26 +296,28 @@ class Engine:
             batch = next(batches, None)
             if batch is None:
                 raise InputError(f"step: the feed ended; an iteration takes n_critic = {self.n_critic} batches")
-            x, y = batch if isinstance(batch, tuple | list) else (batch, None)
-            self.d_step(x, y)
+            x, *rest = batch if isinstance(batch, tuple | list) else (batch,)
+            y = rest[0] if rest and self.n_classes else None
+            self.d_step(x, labels=y)
         self.g_step(real=x if self.loss.compares else None, labels=y)
 
     def d_step(
         self,
         real: torch.Tensor,
-        labels: torch.Tensor | None = None,
         z: torch.Tensor | None = None,
         alpha: torch.Tensor | None = None,
         delta: torch.Tensor | None = None,
+        *,
+        labels: torch.Tensor | None = None,
     ) -> None:
         """One discriminator update, and one more for each lazy penalty that is due.
 
         Args:
             real: ``[B, ...]``, floating point, of the generator's output shape.
-            labels: ``[B]`` integers for conditional networks; fakes are made for the same labels.
             z: latents ``[B, latent]``; drawn where not given.
             alpha: weight of the real sample in each interpolation, ``[B]`` in ``[0, 1]``; drawn where not given.
             delta: standard normal perturbation of DRAGAN, of ``real``'s shape; drawn where not given.
+            labels: ``[B]`` integers for conditional networks; fakes are made for the same labels.
 
         Raises:
             InputError: a shape or dtype does not fit.
@@ -293,10 +328,9 @@ class Engine:
         alpha = self._given("d_step: alpha", alpha, (batch,))
         delta = self._given("d_step: delta", delta, tuple(real.shape))
         step = self._d_count if isinstance(self.latent, int) else self.d_updates
-        if z is None:
-            z = self._latents(batch, Stream.D_LATENT, step)
+        z = self._latents(batch, Stream.D_LATENT, step) if z is None else self._given_latents("d_step: z", z, batch)
         with torch.no_grad(), self._reduced():
-            fake = self.generator(*_with(z.to(self.device, self.dtype), labels)).to(self.dtype)
+            fake = self.generator(*_with(z, labels)).to(self.dtype)
         for phase in self.phases:
             if phase.player == "discriminator" and self.d_updates % phase.every == 0:
                 self._discriminator_update(phase, _Points(self, real, fake, labels, alpha, delta))
@@ -316,7 +350,7 @@ class Engine:
             points = points if self._is_full else points.fresh()  # logits are shared where their precision allows
             with self._full():
                 penalty = torch.stack([p.rows(points.gradient(p)).mean() for p in phase.penalties]).sum()
-            self._measure(penalty=penalty)
+            self._penalty[phase].copy_(penalty.detach())
             penalty = penalty * phase.every if phase.every > 1 else penalty
         self._apply(self._d, adversarial, penalty, self._d_count)
         if self.loss.clip is not None:
@@ -328,6 +362,7 @@ class Engine:
         self,
         z: torch.Tensor | None = None,
         real: torch.Tensor | None = None,
+        *,
         labels: torch.Tensor | None = None,
     ) -> None:
         """One generator update, and one of the average.
@@ -340,12 +375,11 @@ class Engine:
         Raises:
             InputError: a shape or dtype does not fit, or the batch size is not known yet.
         """
-        batch = len(z) if z is not None else len(real) if real is not None else self.batch
+        batch = len(real) if real is not None else len(z) if z is not None else self.batch
         if not batch:
             raise InputError("g_step: the batch size is not known: give z, or call d_step first")
         step = self._g_count if isinstance(self.latent, int) else self.g_updates
-        if z is None:
-            z = self._latents(batch, Stream.G_LATENT, step)
+        z = self._latents(batch, Stream.G_LATENT, step) if z is None else self._given_latents("g_step: z", z, batch)
         if self.n_classes and labels is None and not self.loss.compares:
             labels = noise.integers(
                 batch, self.n_classes, seed=self.seed, stream=Stream.G_LABELS, step=self._g_count, device=self.device
@@ -358,7 +392,7 @@ class Engine:
             with torch.no_grad(), self._reduced():
                 r = self._critic(self._real("g_step", real), labels)
         with self._reduced():
-            fake = self.generator(*_with(z.to(self.device, self.dtype), labels))
+            fake = self.generator(*_with(z, labels))
             f = self._critic(fake, labels)
         loss = self.loss.generator(f, r).mean()
         self._apply(self._g, loss, None, self._g_count)
@@ -389,7 +423,7 @@ class Engine:
                     g = g if scale is None else g / scale
                     total[i] = g if before is None else before + g
         updater.apply(total, update)
-        if self.precision == "fp16":
+        if self.precision == "fp16" and adversarial is not None:
             self._adapt_scale(updater.grad_norm)
 
     @torch.no_grad()
@@ -397,7 +431,7 @@ class Engine:
         good = torch.isfinite(grad_norm)
         self._good_steps.copy_(torch.where(good, self._good_steps + 1, 0))
         grow = self._good_steps >= _SCALE_GROWTH_INTERVAL
-        self._scale.mul_(torch.where(good, torch.where(grow, 2.0, 1.0), 0.5))
+        self._scale.mul_(torch.where(good, torch.where(grow, 2.0, 1.0), 0.5)).clamp_(min=_SCALE_LEAST)
         self._good_steps.mul_(~grow)
 
     @torch.no_grad()
@@ -414,6 +448,9 @@ class Engine:
     @contextlib.contextmanager
     def _matmul(self, kind: str) -> Iterator[None]:
         """fp32 products with TF32 (``high``) or without (``highest``)."""
+        if not self._sets_precision:
+            yield
+            return
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(kind)
         on_gpu = self.device.type == "cuda"
@@ -453,14 +490,17 @@ class Engine:
         """Figures of the last updates; the only call that waits for the device.
 
         Returns:
-            ``d_loss`` and ``g_loss`` (without penalties), ``penalty`` (sum of the weighted penalties at their
-            last application), ``d_real`` and ``d_fake`` (mean logits in the last discriminator update),
+            ``d_loss`` and ``g_loss`` (without penalties), ``penalty`` (sum of the weighted penalties, each at
+            its last application), ``d_real`` and ``d_fake`` (mean logits in the last discriminator update),
             ``d_grad_norm`` and ``g_grad_norm`` (of the last gradients, penalties included), and ``skipped_steps``
             (updates left out since the start because a gradient was not finite). NaN where nothing was measured yet.
         """
         skipped = (self._d.skipped + self._g.skipped).to(self.dtype)
-        values = torch.cat([self._metrics, torch.stack([self._d.grad_norm, self._g.grad_norm, skipped])]).tolist()
-        return dict(zip((*_METRICS, "d_grad_norm", "g_grad_norm", "skipped_steps"), values, strict=True))
+        nan = torch.full_like(skipped, math.nan)
+        penalty = torch.stack(list(self._penalty.values()) or [nan]).sum()
+        values = torch.stack([*self._metrics, penalty, self._d.grad_norm, self._g.grad_norm, skipped]).tolist()
+        names = (*_METRICS, "penalty", "d_grad_norm", "g_grad_norm", "skipped_steps")
+        return dict(zip(names, values, strict=True))
 
     @torch.no_grad()
     def sample(
@@ -490,6 +530,7 @@ class Engine:
                 n, self.n_classes, seed=seed, stream=Stream.SAMPLE_LABELS, step=step, device=self.device
             )
         labels = self._labels("sample", labels, n)
+        latents = None if latents is None else self._given_latents("sample: latents", latents, n)
         training = {m: m.training for m in network.modules()}
         out = torch.empty((n, *self.sample_shape), device=self.device, dtype=self.dtype)
         network.eval()
@@ -499,7 +540,7 @@ class Engine:
                 if latents is None:
                     z = self._latents(rows, Stream.SAMPLE, step, first_row=i, seed=seed)
                 else:
-                    z = latents[i : i + rows].to(self.device, self.dtype)
+                    z = latents[i : i + rows]
                 with self._reduced():
                     out[i : i + rows] = network(*_with(z, None if labels is None else labels[i : i + rows]))
         finally:
@@ -519,6 +560,8 @@ class Engine:
         notes = []
         if self._sigmoid is not None:
             notes.append("the discriminator ends in Sigmoid: it is trained on that layer's input, the logits")
+        if not self._sets_precision:
+            notes.append("torch.backends...fp32_precision is set: float32 products run as it says, penalties included")
         if self.loss.clip is not None:
             notes.append(f"discriminator parameters are clamped to +-{self.loss.clip} after each update")
         if any(p.every > 1 for p in self.phases):
@@ -551,6 +594,7 @@ class Engine:
             "counters": {key: getattr(self, key) for key in _COUNTERS},
             "averaged": self._averaged,
             "metrics": self._metrics,
+            "penalty": list(self._penalty.values()),
             "seed": self.seed,
             "loss_scale": {"scale": self._scale, "good_steps": self._good_steps},
             "torch_rng": {"cpu": torch.get_rng_state()}
@@ -580,6 +624,8 @@ class Engine:
                 count.fill_(value)
             self._averaged.copy_(state["averaged"])
             self._metrics.copy_(state["metrics"])
+            for penalty, saved in zip(self._penalty.values(), state["penalty"], strict=False):
+                penalty.copy_(saved)
             self._scale.copy_(state["loss_scale"]["scale"])
             self._good_steps.copy_(state["loss_scale"]["good_steps"])
         self.seed = int(state["seed"])
@@ -630,7 +676,7 @@ class _Points:
 
     def gradient(self, penalty: Penalty) -> torch.Tensor:
         """Gradient of each sample's summed logits with respect to the sample, differentiable, ``[B, ...]``."""
-        key = f"perturbed by {penalty.noise}" if isinstance(penalty, DRAGAN) else penalty.place
+        key = f"perturbed by {penalty.noise}" if isinstance(penalty, Perturbing) else penalty.place
         if key not in self._gradient:
             logits = self._logits_at(key, self._samples(penalty))
             (self._gradient[key],) = torch.autograd.grad(logits.sum(), self._x[key], create_graph=True)
@@ -655,12 +701,15 @@ class _Points:
                 alpha = noise.uniform(len(real), 1, stream=Stream.ALPHA, **keyed)
             alpha = alpha.view(-1, *[1] * (real.ndim - 1))
             return alpha * real + (1 - alpha) * self.fake
-        if isinstance(penalty, DRAGAN):
+        if isinstance(penalty, Perturbing):
             delta = self.delta
             if delta is None:
                 delta = noise.normal(len(real), real[0].numel(), stream=Stream.PERTURBATION, **keyed).view_as(real)
             return real + penalty.noise * delta
-        raise InputError(f"penalty {penalty.name!r}: place is {penalty.place!r}, expected real, fake or interpolated")
+        raise InputError(
+            f"penalty {penalty.name!r}: place is {penalty.place!r}, expected real, fake, interpolated, "
+            "or perturbed and an attribute noise"
+        )
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -670,9 +719,20 @@ def _device(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise InputError(f"Engine: device is {device!r}, expected 'auto', 'cpu' or 'cuda'") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"Engine: device is {device!r}, expected 'auto', 'cpu' or 'cuda'")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"Engine: device is {device!r}, but no CUDA device is available")
     return chosen
+
+
+def _old_precision_setting() -> bool:
+    """Whether torch.set_float32_matmul_precision may be used: torch refuses it once the newer setting has been."""
+    try:
+        torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _shape(x: torch.Tensor) -> list[int]:
@@ -694,6 +754,13 @@ def _call(name: str, network: nn.Module, x: torch.Tensor, labels: torch.Tensor |
     return out
 
 
+def _ends_in_sigmoid(out: torch.Tensor) -> bool:
+    node = out.grad_fn
+    while node is not None and type(node).__name__.startswith(("View", "Squeeze", "UnsafeView", "ReshapeAlias")):
+        node = node.next_functions[0][0]
+    return type(node).__name__ == "SigmoidBackward0"
+
+
 def _check_fits(name: str, state: Mapping[str, Any] | None, network: nn.Module) -> None:
     if state is None:
         raise InputError(f"checkpoint: has no {name}")
@@ -703,7 +770,6 @@ def _check_fits(name: str, state: Mapping[str, Any] | None, network: nn.Module) 
             if key not in side:
                 raise InputError(f"checkpoint of another network: {name}.{key} is not in {where}")
         a, b = state[key], have[key]
-        if isinstance(b, torch.Tensor) and (not isinstance(a, torch.Tensor) or a.shape != b.shape):
-            raise InputError(
-                f"checkpoint of another network: {name}.{key} has shape {_shape(a)}, the network's has {_shape(b)}"
-            )
+        if isinstance(b, torch.Tensor) and (a.shape != b.shape or a.dtype != b.dtype):
+            was, here = (f"{t.dtype} {_shape(t)}" for t in (a, b))
+            raise InputError(f"checkpoint of another network: {name}.{key} is {was}, the network's {here}")

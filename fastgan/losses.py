@@ -73,6 +73,8 @@ def get(loss: str | Loss, *, clip: float | None = None) -> Loss:
         if loss not in LOSSES:
             raise unknown("loss", loss, LOSSES)
         loss = LOSSES[loss]
+    if not isinstance(loss, Loss):
+        raise InputError(f"loss is {loss!r}, expected a name or a fastgan.losses.Loss")
     if clip is None:
         return loss
     if not clip > 0:

@@ -154,18 +154,25 @@ class Updater:
         if self.fused:
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # read by torch's fused kernels
             self.optimizer.step()
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
         else:
             self._step_or_restore(bad)
 
     def _step_or_restore(self, bad: torch.Tensor) -> None:
-        """One step of an optimiser that knows no guard: what it changed is put back where ``bad`` is set."""
+        """One step of an optimiser that knows no guard: what it changed is put back where ``bad`` is set.
+
+        The gradient is zero then: state that this very step creates is what its first step of nothing leaves.
+        """
         before = [p.clone() for p in self.params]
         state = {p: {k: v.clone() for k, v in self._tensors(p).items()} for p in self.params}
+        for p in self.params:
+            if p.grad is not None:
+                p.grad = p.grad.masked_fill(bad, 0.0)
         self.optimizer.step()
         for p, old in zip(self.params, before, strict=True):
             p.copy_(torch.where(bad, old, p))
             for key, value in self._tensors(p).items():
-                was = state[p].get(key, torch.zeros_like(value))
+                was = state[p].get(key, torch.zeros_like(value) if key == "step" else value)
                 value.copy_(torch.where(bad.to(value.device), was, value))
 
     def _tensors(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -174,13 +181,24 @@ class Updater:
     def state_dict(self) -> State:
         """Moments by parameter name, counts of skipped steps; the rates too where the optimiser is the user's."""
         state = {n: dict(self.optimizer.state[p]) for n, p in zip(self.names, self.params, strict=True)}
-        out: State = {"state": state, "skipped": self.skipped, "grad_norm": self.grad_norm}
+        out: State = {"kind": self._kind(), "state": state, "skipped": self.skipped, "grad_norm": self.grad_norm}
         if not self.own:
             out["lr"] = [float(group["lr"]) for group in self.optimizer.param_groups]
         return out
 
+    def _kind(self) -> str:
+        """The optimiser and what decides which state it keeps."""
+        on = [k for k in ("amsgrad", "centered", "momentum", "nesterov") if self.optimizer.defaults.get(k)]
+        return " ".join([type(self.optimizer).__name__, *on])
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Take over what :meth:`state_dict` gave.
+
+        Raises:
+            InputError: the state is another optimiser's, or of other parameters.
+        """
+        if state["kind"] != self._kind():
+            raise InputError(f"checkpoint: its optimiser is {state['kind']}, expected {self._kind()}")
         for n, p in zip(self.names, self.params, strict=True):
             entry = state["state"].get(n)
             if entry is None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -42,6 +42,15 @@ class Penalty(Protocol):
 
     def rows(self, gradient: torch.Tensor) -> torch.Tensor:
         """Weighted penalty of each sample, ``[B, ...] -> [B]``; the mean over the batch is minimised."""
+
+
+@runtime_checkable
+class Perturbing(Penalty, Protocol):
+    """What a penalty at ``perturbed`` samples has besides."""
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the Gaussian noise that is added to the real samples."""
 
 
 def squared_norm(gradient: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ import copy
 import itertools
 import math
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -49,7 +51,7 @@ def test_step_takes_n_critic_batches_in_order_from_a_tensor_or_a_feed() -> None:
     a, b, c = (engine(n_critic=3, penalties=(GradientPenalty(),)) for _ in range(3))
     x = real(24)
     a.step(x)
-    b.step(iter([x[:8], (x[8:16], None), x[16:]]))
+    b.step(iter([x[:8], (x[8:16], None), [x[16:]]]))
     for part in x.chunk(3):
         c.d_step(part)
     c.g_step()
@@ -90,6 +92,8 @@ def test_noise_advances_and_depends_on_the_seed() -> None:
 
 def test_own_latent_is_drawn_anew_for_every_update_and_again_after_a_reload() -> None:
     def latent(batch: int, generator: torch.Generator) -> torch.Tensor:
+        if batch == 5:
+            return torch.zeros(1, 4)
         return torch.rand(batch, 4, generator=generator) * 2 - 1
 
     a, b = engine(latent=latent), engine(latent=latent)
@@ -99,6 +103,8 @@ def test_own_latent_is_drawn_anew_for_every_update_and_again_after_a_reload() ->
     b.step(real(step=1))
     assert torch.equal(weights(a.generator, a.discriminator), weights(b.generator, b.discriminator))
     assert not torch.equal(a.sample(3), a.sample(3))
+    with pytest.raises(InputError, match=re.escape("Engine: latent gave [1, 4], expected [5, ...]")):
+        a.d_step(real(5))
 
 
 def test_the_generator_step_leaves_the_discriminator_alone_and_the_other_way_round() -> None:
@@ -152,6 +158,28 @@ def test_a_final_sigmoid_is_trained_on_its_logits(wrap: Callable) -> None:
     assert "Sigmoid" not in plain.explain()
     out = ended.discriminator(real())
     assert ((out > 0) & (out < 1)).all()  # to its user it still gives probabilities
+
+
+def test_a_final_sigmoid_that_is_used_elsewhere_too_is_refused() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.gate, self.sigmoid = nn.Linear(6, 1), nn.Linear(6, 1), nn.Sigmoid()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.sigmoid(self.body(x) * self.sigmoid(self.gate(x)))
+
+    with pytest.raises(InputError, match="its final Sigmoid is used elsewhere too"):
+        engine(networks=(pair()[0], Gated()))
+
+
+def test_a_final_torch_sigmoid_is_warned_of() -> None:
+    class Functional(View):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sigmoid(self.main(x)).squeeze(1)
+
+    with pytest.warns(UserWarning, match=r"ends in torch\.sigmoid"):
+        engine(networks=(pair()[0], Functional(pair()[1])))
 
 
 def test_a_sigmoid_inside_is_left_alone() -> None:
@@ -289,6 +317,56 @@ def test_scheduled_training_equals_torchs_scheduler() -> None:
 # ---- average
 
 
+def test_an_optimisers_own_step_works_on_after_the_engines() -> None:
+    g, d = pair()
+    optimizer = torch.optim.Adam(d.parameters(), 1e-2)
+    e = engine(networks=(g, d), d_optimizer=optimizer)
+    e.d_step(torch.full((8, 6), math.nan))
+    before = weights(d)
+    for p in d.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not torch.equal(before, weights(d))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Rprop, torch.optim.NAdam, torch.optim.ASGD, torch.optim.Adagrad])
+def test_a_skipped_first_step_does_not_cripple_an_optimiser(kind: Callable) -> None:
+    """Exact where all state begins at zero; elsewhere the state of one step of nothing, which barely shows."""
+    moved = []
+    for first in (True, False):
+        g, d = pair()
+        e = engine(networks=(g, d), d_optimizer=kind(d.parameters(), lr=1e-2), ema=None)
+        before = weights(d)
+        if first:
+            e.d_step(torch.full((8, 6), math.nan), z=torch.zeros(8, 4))
+            assert torch.equal(before, weights(d))
+        for i in range(5):
+            e.d_step(real(step=i), z=torch.ones(8, 4))
+        moved.append((weights(d) - before).norm().item())
+    assert moved[0] == pytest.approx(moved[1], rel=0.2)  # NAdam: 14%, its momentum product is one step ahead
+
+
+@pytest.mark.parametrize("other", [torch.optim.RMSprop, torch.optim.SGD, lambda p: torch.optim.Adam(p, amsgrad=True)])
+def test_another_optimisers_state_is_refused(other: Callable) -> None:
+    a = engine()
+    a.step(real())
+    g, d = pair()
+    b = engine(networks=(g, d), d_optimizer=other(d.parameters()))
+    with pytest.raises(InputError, match="checkpoint: its optimiser is Adam, expected"):
+        b.load_state_dict(a.state_dict())
+    b.step(real())
+    with pytest.raises(InputError, match="expected Adam"):
+        a.load_state_dict(b.state_dict())
+
+
+def test_a_state_of_another_dtype_is_refused() -> None:
+    a, b = engine(), engine(networks=pair(torch.float64))
+    with pytest.raises(
+        InputError, match=re.escape("generator.0.weight is torch.float32 [8, 4], the network's torch.float64")
+    ):
+        b.load_state_dict(a.state_dict())
+
+
 def test_average_by_decay_covers_parameters_and_buffers() -> None:
     e = engine(ema=0.9)
     expected = {k: v.clone() for k, v in e.generator.state_dict().items()}
@@ -364,6 +442,8 @@ def test_labels_are_drawn_where_not_given_and_asked_for_where_needed() -> None:
     assert e.sample(2, labels=torch.tensor([1, 2])).shape == (2, 6)
     with pytest.raises(InputError, match=r"d_step: the networks are conditional \(3 classes\), but no labels"):
         e.d_step(real())
+    with pytest.raises(InputError, match=re.escape("d_step: labels are in 0 ... 3, expected 0 ... 2")):
+        e.d_step(real(), labels=torch.tensor([0, 1, 2, 3] * 2))
     with pytest.raises(InputError, match=re.escape("d_step: labels are torch.int64 [3], expected integers [8]")):
         e.d_step(real(), labels=torch.zeros(3, dtype=torch.int64))
 
@@ -410,6 +490,28 @@ def test_fp16_scale_halves_on_overflow_and_grows_after_good_steps() -> None:
     assert e._scale.item() == start
 
 
+def test_fp16_scale_survives_many_bad_batches() -> None:
+    e = engine(precision="fp16", penalties=(R1(1.0, interval=2),))
+    for _ in range(60):
+        e.d_step(torch.full((8, 6), math.nan))
+    before = weights(e.discriminator)
+    for i in range(10):
+        e.d_step(real(step=i))
+    assert not torch.equal(before, weights(e.discriminator))
+
+
+def test_the_newer_precision_setting_of_torch_is_left_to_its_user() -> None:
+    code = """
+import torch, fastgan
+from torch import nn
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+e = fastgan.Engine(nn.Linear(3, 2), nn.Linear(2, 1), latent=3, device="cpu")
+e.step(torch.randn(4, 2))
+assert "fp32_precision is set" in e.explain()
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
 def test_float64_modules_train_in_float64() -> None:
     e = engine(networks=pair(torch.float64), precision="bf16")
     e.step(real())
@@ -446,6 +548,36 @@ def test_nothing_in_a_step_reads_a_value_back(precision: str) -> None:
         assert watch.seen == []
         torch.ones(()).item()
     assert watch.seen  # the watch works
+
+
+def test_penalties_of_different_intervals_are_summed() -> None:
+    e = engine(penalties=(R1(2.0), R2(200.0, interval=3)), d_optimizer=Adam(0.0), networks=pair(torch.float64))
+    for i in range(4):
+        x, z = real(dtype=torch.float64, step=i), torch.randn(8, 4, dtype=torch.float64)
+        e.d_step(x, z=z)
+        at_real = squared_slope(e.discriminator, x)
+        if i % 3 == 0:
+            at_fake = squared_slope(e.discriminator, e.generator(z).detach())
+        assert e.metrics()["penalty"] == pytest.approx((at_real + 100 * at_fake).item())
+
+
+def squared_slope(d: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Mean squared norm of the input gradient."""
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(d(x).sum(), x)[0].square().sum(1).mean()
+
+
+def test_a_penalty_of_ones_own_may_perturb() -> None:
+    class Own:
+        name, place, interval, noise = "own", "perturbed", 1, 0.3
+
+        def rows(self, gradient: torch.Tensor) -> torch.Tensor:
+            return 3 * (norm(gradient) - 1).square()
+
+    a, b = engine(penalties=(Own(),)), engine(penalties=(DRAGAN(3.0, noise=0.3),))
+    for e in (a, b):
+        e.step(real())
+    assert torch.equal(weights(a.discriminator), weights(b.discriminator))
 
 
 def test_metrics_are_those_of_the_last_updates() -> None:
@@ -512,7 +644,8 @@ def test_a_state_of_other_networks_is_refused_by_name_and_changes_nothing() -> N
     before = weights(a.generator, a.discriminator)
     b.step(real())
     with pytest.raises(
-        InputError, match=re.escape("discriminator.0.weight has shape [17, 6], the network's has [16, 6]")
+        InputError,
+        match=re.escape("discriminator.0.weight is torch.float32 [17, 6], the network's torch.float32 [16, 6]"),
     ):
         a.load_state_dict(b.state_dict())
     deeper = engine(networks=(pair()[0], nn.Sequential(*pair()[1], nn.LeakyReLU(), nn.Linear(1, 1))))
@@ -531,7 +664,11 @@ def test_a_state_of_other_networks_is_refused_by_name_and_changes_nothing() -> N
         ({"precision": "fp8"}, "unknown precision 'fp8'"),
         ({"latent": 0}, "Engine: latent is 0, expected >= 1"),
         ({"latent": 5}, "generator: does not accept latents [2, 5]"),
-        ({"n_critic": 0}, "Engine: n_critic is 0, expected >= 1"),
+        ({"n_critic": 0}, "Engine: n_critic is 0, expected a whole number >= 1"),
+        ({"n_critic": 1.5}, "Engine: n_critic is 1.5, expected a whole number >= 1"),
+        ({"ema": "half"}, "Engine: ema is 'half', expected None, a decay or fastgan.EMA"),
+        ({"loss": None}, "loss is None, expected a name or a fastgan.losses.Loss"),
+        ({"device": "meta"}, "Engine: device is 'meta', expected 'auto', 'cpu' or 'cuda'"),
         ({"backend": "triton"}, "Engine: backend is 'triton', but every phase runs in PyTorch ops"),
         ({"backend": "cuda"}, "unknown backend 'cuda'"),
         ({"device": "gpu0"}, "Engine: device is 'gpu0'"),
@@ -558,6 +695,10 @@ def test_bad_arguments_end_in_one_line(changes: dict, message: str) -> None:
         (lambda e: e.step(torch.zeros(4, 7)), "d_step: real is [2, 7], but the generator makes [B, 6]"),
         (lambda e: e.d_step(torch.zeros(4, 6, dtype=torch.uint8)), "d_step: real has dtype torch.uint8"),
         (lambda e: e.d_step(torch.zeros(4, 6), alpha=torch.zeros(4, 1)), "alpha: has shape [4, 1], expected [4]"),
+        (lambda e: e.d_step(torch.zeros(4, 6), torch.zeros(1, 4)), "d_step: z has shape [1, 4], expected [4, 4]"),
+        (lambda e: e.g_step(torch.zeros(1, 4), torch.zeros(8, 6)), "g_step: z has shape [1, 4], expected [8, 4]"),
+        (lambda e: e.sample(8, latents=torch.zeros(1, 4)), "sample: latents has shape [1, 4], expected [8, 4]"),
+        (lambda e: e.d_step(torch.zeros(4, 6), labels=torch.zeros(4).long()), "d_step: labels were given, but"),
         (lambda e: e.g_step(), "g_step: the batch size is not known"),
         (lambda e: e.g_step(z=torch.zeros(4, 4)), "g_step: the relativistic loss compares with real samples"),
     ],
