@@ -413,6 +413,8 @@ class Engine:
             parts = [(terms[0] if len(terms) == 1 else terms[0] + terms[1], False)]
         else:
             parts = [(term, i == 0) for i, term in enumerate((adversarial, penalty)) if term is not None]
+        for p in updater.params:
+            p.grad = None  # its memory, still in the cache, takes the new gradient
         total: list[torch.Tensor | None] = [None] * len(updater.params)
         for value, reduced in parts:
             scale = self._scale if reduced and self.precision == "fp16" else None
