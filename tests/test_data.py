@@ -223,12 +223,23 @@ def test_csv(tmp_path, text, ending):
         ("age,size\n1,2\n3,4,5\n", "line 3 has 3 columns, expected 2"),
         ("age,size\n", "holds no rows of numbers"),
         ("", "holds no rows of numbers"),
+        ("\n \n", "holds no rows of numbers"),
+        ("\n\nage,size\n1,2\n3,x\n", "line 5, column 'size' is 'x', expected a finite number"),
+        ("1,1e308\n2,-1e308\n", "row 0, column 1 is 1e+308, expected a finite number, at most 3.4e+38"),
     ],
 )
 def test_csv_mistakes(tmp_path, text, expected):
     path = tmp_path / "t.csv"
     path.write_text(text)
     assert message(path) == f"{path}: {expected}"
+
+
+@pytest.mark.parametrize("text", ["\n1,2\n3,4\n", "\r\n \r\na,b\r\n1,2\r\n\r\n3,4\r\n"])
+def test_blank_lines_of_a_csv_are_skipped(tmp_path, text):
+    path = tmp_path / "t.csv"
+    path.write_bytes(text.encode())
+    data = open_dataset(path)
+    np.testing.assert_allclose(data.denormalise(data.batch(torch.arange(2))[0]), [[1, 2], [3, 4]], rtol=1e-6)
 
 
 def test_csv_that_is_no_text(tmp_path):
@@ -623,6 +634,14 @@ def test_a_changed_set_is_decoded_again(tmp_path, little_memory):
     np.testing.assert_array_equal(pixels(open_dataset(path)), RGB[[0, 2]])
     assert open_dataset(path, channels=1).shape == (1, 5, 5)
     assert len(list(little_memory.iterdir())) == 3
+
+
+def test_folders_of_files_that_look_the_same_are_not_each_other(tmp_path, little_memory):
+    for i in range(2):
+        path = folder(tmp_path / str(i), {f"{n}.ppm": b"P6 5 5 255\n" + RGB[i].tobytes() for n in "ab"})
+        for file in path.iterdir():
+            os.utime(file, (1, 1))
+        np.testing.assert_array_equal(pixels(open_dataset(path)), RGB[[i, i]])
 
 
 def test_a_mapped_file_cut_short_is_made_again(tmp_path, little_memory):

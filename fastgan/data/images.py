@@ -140,7 +140,8 @@ def decode(listing: Listing, look: Look) -> U8:
     """
     names = listing.names
     settings = [look.resolution, look.channels, look.crop]
-    path = cache_path(settings, [[name, *listing.stamp(name)] for name in names])
+    where = str(Path(listing.where).resolve())
+    path = cache_path(settings, where, [[name, *listing.stamp(name)] for name in names])
     if (known := cached(path)) is not None:
         return known
     headers = _each(len(names), "reading headers", lambda i: _with_image(listing, names[i], _header))

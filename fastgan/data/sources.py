@@ -33,6 +33,7 @@ Array = npt.NDArray[Any]
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _MOST_CLASSES = 1 << 20
+_LARGEST = float(np.finfo(np.float32).max)
 _IDX = re.compile(r"(ubyte|\.idx\d?)(\.gz)?$")
 _KNOWN = "a folder or zip of images, .npy, .npz, .csv, .tsv, or IDX such as train-images-idx3-ubyte.gz"
 
@@ -187,10 +188,12 @@ def _table(
     x: Array, where: str, name: str, labels: I64 | None, class_names: tuple[str, ...], standardise: bool = True
 ) -> Dataset:
     x = x.astype(np.float64)
-    bad = np.argwhere(~np.isfinite(x))
+    bad = np.argwhere(~(abs(x) <= _LARGEST))
     if len(bad):
         row, column = bad[0]
-        raise InputError(f"{where}: row {row}, column {column} is {x[row, column]}, expected a finite number")
+        value = x[row, column]
+        expected = "a finite number" + f", at most {_LARGEST:.3g}" * bool(np.isfinite(value))
+        raise InputError(f"{where}: row {row}, column {column} is {value}, expected {expected}")
     units = None
     if standardise:
         scale = x.std(axis=0)
@@ -229,16 +232,17 @@ def _csv(path: Path) -> Array:
     """A table of finite numbers, float64 ``[N, D]``."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
+            start, first = next(((n, line) for n, line in enumerate(file, 1) if line.strip()), (1, ""))
             delimiter = max("\t" if path.suffix.lower() == ".tsv" else ",", ";", "\t", key=first.count)
             fields = next(csv.reader([first], delimiter=delimiter), [])
             names = fields if fields and not any(_number(field) is not None for field in fields) else None
+            start += names is not None  # the first line of numbers
             file.seek(0)
             values = array("d")
             width, lines = len(fields), 0
             reader = csv.reader(file, delimiter=delimiter)
             for row in reader:
-                if not row or (names is not None and reader.line_num == 1):
+                if not (row and fields) or reader.line_num < start:
                     continue
                 if len(row) != width:
                     raise InputError(f"{path}: line {reader.line_num} has {len(row)} columns, expected {width}")
