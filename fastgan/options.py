@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import types
@@ -104,6 +105,8 @@ class Reader:
                 raise self.error(path, f"{path}: {unknown('value', value, rules['choices'])}")
             return value
         number = _number(value)  # YAML 1.1 reads 1e-4 as a text
+        if hint is int:
+            rules = {"low": -(2**63), "high": 2**63 - 1, **rules}
         if number is None or (hint is int and number != int(number)):
             kind = "a whole number" if hint is int else "a number"
             raise self.error(path, f"{path} is {_said(value)}, expected {kind}")
@@ -115,21 +118,29 @@ class Reader:
         ):
             if not holds:
                 raise self.error(path, f"{path} is {value}, expected {words} {rules[rule]}")
-        return int(value) if hint is int and isinstance(value, int) else hint(number)
+        return hint(number)
 
 
 def _number(value: object) -> float | None:
+    """A finite number; an ``int``, which is exact, where it is written as one; ``None`` for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
-    try:
-        number = float(value)
-    except ValueError:
+    if isinstance(value, str):
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return _number(kind(value))
         return None
-    return number if math.isfinite(number) else None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def _said(value: object) -> str:
     if value is None:
         return "empty"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # of a number that is too long
+        text = f"a huge {type(value).__name__}"
     return text if len(text) <= 40 else f"{text[:37]}..."

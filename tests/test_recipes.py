@@ -72,7 +72,15 @@ def with_options(**options: Any) -> dict[str, tuple[str, Any]]:
         ({"penalties": [{"gamma": 1}]}, "penalties.0.name is missing"),
         ({"gamma": -1}, "--gamma: penalties.0.weight is -1, expected at least 0"),
         ({"penalties__3__weight": 1}, "expected a number below 1 where '3' stands"),
+        ({"penalties__²__weight": 1}, "expected a number below 1 where '²' stands"),
         ({"kimg__x": 1}, "nothing can be set below 2000"),
+        ({"kimg": 1e306}, "kimg is 1e+306, expected at most 1000000000.0"),
+        ({"log_kimg": "1e306"}, "log_kimg is 1e306, expected at most"),
+        ({"seed": "1e30"}, "seed is 1e30, expected at most 9223372036854775807"),
+        ({"seed": 10**400}, "seed is 1000"),
+        ({"seed": 1 << 20_000}, "seed is a huge int, expected a whole number"),
+        ({"generator__model": [1]}, "generator: unknown model [1]"),
+        ({"evaluation__samples": "1e13"}, "evaluation.samples is 1e13, expected at most 1000000"),
         ({"ema": {}}, "ema has both or neither of decay and halflife_kimg"),
         ({"name": "../x"}, "name is '../x'"),
         ({"generator__widths": "wide"}, "generator.widths is 'wide', expected a list"),
@@ -96,6 +104,10 @@ def test_a_mistake_is_one_line(options: dict[str, Any], said: str) -> None:
         ("batch: 3", "my.yaml: generator is missing"),
         ("a: !!python/object/apply:os.getcwd []", "my.yaml:1: not YAML: could not determine a constructor"),
         ("a: \x00", "my.yaml: not YAML: "),
+        ("kimg: 2001-99-99", "my.yaml: not YAML: month must be in 1..12"),
+        ("kimg: !!int abc", "my.yaml: not YAML: invalid literal for int()"),
+        ("kimg: !!bool abc", "my.yaml: not YAML: "),
+        ("kimg: " + "[" * 3000, "my.yaml: not YAML: maximum recursion depth"),
         (b"a: \xff", "my.yaml: cannot be read: not UTF-8 text"),
     ],
 )
@@ -129,6 +141,11 @@ def test_values_as_people_write_them(tmp_path: Path) -> None:
     assert recipe.name == "mine"
     assert (recipe.g_optimizer.name, recipe.g_optimizer.lr, recipe.g_optimizer.betas) == ("adamw", 1e-4, (0.1, 0.999))
     assert (recipe.kimg, recipe.data.source, recipe.loss.clip) == (10.0, "gaussians8", 0.01)
+
+
+def test_a_long_seed_is_exact() -> None:
+    for seed in (2**53 + 1, str(2**53 + 1)):
+        assert load_recipe("vanilla", {"seed": ("--seed", seed)}).seed == 2**53 + 1
 
 
 def test_gamma_reaches_every_penalty() -> None:

@@ -42,9 +42,9 @@ def options(role: str, spec: Mapping[str, Any], reader: Reader) -> Any:
         InputError: an unknown model or option, or a value of the wrong type or range.
     """
     name = spec.get("model")
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise reader.error(f"{role}.model", f"{role}: {unknown('model', name, MODELS)}")
-    family = MODELS[cast(str, name)]
+    family = MODELS[name]
     cls = family.GeneratorOptions if role == "generator" else family.DiscriminatorOptions
     return reader.read(cls, {k: v for k, v in spec.items() if k != "model"}, role)
 

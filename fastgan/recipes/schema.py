@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from fastgan.penalties import PENALTIES
 
 _FOLDER = Path(__file__).parent
 _ALIASES = {"dcgan": "dcgan32"}
+MOST_KIMG = 1e9
 STRENGTH = {"gradient-penalty": "weight", "dragan": "weight", "r1": "gamma", "r2": "gamma"}
 
 
@@ -92,8 +94,8 @@ class EvaluationSpec:
     """Quality figures at the end, and every ``every_kimg`` where given; metrics ``auto``, ``none`` or names."""
 
     metrics: tuple[str, ...] = ("auto",)
-    samples: int = option(2000, low=2)
-    every_kimg: float | None = option(None, above=0)
+    samples: int = option(2000, low=2, high=1_000_000)
+    every_kimg: float | None = option(None, above=0, high=MOST_KIMG)
 
 
 @dataclass(frozen=True)
@@ -113,15 +115,15 @@ class Recipe:
     penalties: tuple[PenaltySpec, ...] = ()
     n_critic: int = option(1, low=1)
     batch: int = option(64, low=1)
-    kimg: float = option(100.0, above=0)
+    kimg: float = option(100.0, above=0, high=MOST_KIMG)
     g_optimizer: OptimizerSpec = dataclasses.field(default_factory=OptimizerSpec)
     d_optimizer: OptimizerSpec = dataclasses.field(default_factory=OptimizerSpec)
     ema: EMASpec | None = EMASpec(decay=0.999)
     precision: str = option("auto", choices=("auto", "fp32", "tf32", "bf16", "fp16"))
     seed: int = 0
     evaluation: EvaluationSpec = dataclasses.field(default_factory=EvaluationSpec)
-    snapshot_kimg: float | None = option(None, above=0)
-    log_kimg: float | None = option(None, above=0)
+    snapshot_kimg: float | None = option(None, above=0, high=MOST_KIMG)
+    log_kimg: float | None = option(None, above=0, high=MOST_KIMG)
 
     @property
     def iterations(self) -> int:
@@ -229,7 +231,7 @@ def _load(name: str | Path) -> tuple[dict[str, Any], str, str]:
         raise unknown("recipe", str(name), [*names(), *_ALIASES])
     file = str(path) if path is not shipped else f"recipe {name}"
     try:
-        data = yaml.safe_load(path.read_text("utf-8"))
+        data = parse(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{file}: cannot be read: {e.strerror if isinstance(e, OSError) else 'not UTF-8 text'}") from e
     except yaml.MarkedYAMLError as e:
@@ -242,11 +244,23 @@ def _load(name: str | Path) -> tuple[dict[str, Any], str, str]:
     return data, file, path.stem
 
 
+def parse(text: str) -> Any:
+    """Plain data from YAML; whatever is wrong with it is a ``yaml.YAMLError``."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise
+    except Exception as e:  # the reading of numbers and dates raises about every type there is
+        raise yaml.YAMLError(e) from e
+
+
 def _set(data: dict[str, Any], path: str, value: Any, origin: str) -> None:
     """Put ``value`` at a key path; a text on the way becomes a mapping, as for the reader."""
     if path == "gamma":
-        penalties = data.get("penalties") or []
-        if not penalties:
+        penalties = data.get("penalties")
+        if not isinstance(penalties, list) or not penalties:
             raise InputError(f"{origin}: the recipe has no penalty to set it for")
         for i, penalty in enumerate(penalties):
             kind = penalty if isinstance(penalty, str) else penalty.get("name") if isinstance(penalty, dict) else None
@@ -267,7 +281,7 @@ def _set(data: dict[str, Any], path: str, value: Any, origin: str) -> None:
 
 def _place(node: Any, key: str, path: str, origin: str) -> Any:
     if isinstance(node, list):
-        if not key.isdigit() or int(key) >= len(node):
+        if not re.fullmatch("[0-9]{1,9}", key) or int(key) >= len(node):
             raise InputError(f"{origin}: {path}: expected a number below {len(node)} where {key!r} stands")
         return int(key)
     if not isinstance(node, dict):
