@@ -110,22 +110,35 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def newest(folder: str | Path) -> Path | None:
-    """The complete checkpoint with the highest number in ``folder``, or ``None``.
+    """The last of :func:`complete`, or ``None``."""
+    return next(reversed(complete(folder)), None)
 
-    Names are numbers such as ``00012800``. Complete means: both files are there and the tensors have the size that was
-    written; :func:`load` checks their contents too.
+
+def complete(folder: str | Path) -> list[Path]:
+    """Those of :func:`present` that have both files, the tensors of the size that was written.
+
+    :func:`load` checks their contents too.
+    """
+    return [path for path in present(folder) if _is_complete(_standing(path))]
+
+
+def present(folder: str | Path) -> list[Path]:
+    """The checkpoints in ``folder``, damaged ones too, the lowest number first.
+
+    Names are numbers such as ``00012800``; a folder of such a name without any file of a checkpoint is none.
     """
     folder = Path(folder)
-    found = (re.fullmatch(r"(\d+)|\.(\d+)\.replaced", f.name) for f in folder.glob("*"))
-    numbers = {match[1] or match[2] for match in found if match}
-    for name in sorted(numbers, key=int, reverse=True):
-        path = _standing(folder / name)
-        try:
-            _check_size(path / _TENSORS, (path / _TENSORS).stat().st_size, _head(path))
-        except (InputError, OSError):
-            continue
-        return folder / name
-    return None
+    found = (re.fullmatch(r"([0-9]+)|\.([0-9]+)\.replaced", f.name) for f in folder.glob("*"))
+    paths = [folder / name for name in sorted({match[1] or match[2] for match in found if match}, key=int)]
+    return [path for path in paths if any((_standing(path) / file).exists() for file in (_TENSORS, _REST))]
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        _check_size(path / _TENSORS, (path / _TENSORS).stat().st_size, _head(path))
+    except (InputError, OSError):
+        return False
+    return True
 
 
 def _split(value: object, name: str, tensors: dict[str, torch.Tensor]) -> Any:

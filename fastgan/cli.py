@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import os
 import sys
 import warnings
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from fastgan.trainer import Report
 
 _DEFAULT_RECIPE = "wgan-gp"
+_MOST_THREADS = 4096
 
 # option, key paths in the recipe, what --help says
 _RECIPE_OPTIONS: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
@@ -211,7 +213,7 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     report = trainer.run()
     if args.json:
-        print(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in vars(report).items()}))
+        print(_json(vars(report)))
     else:
         print(_summary(report, recipe))
     if report.signal is not None:
@@ -232,11 +234,13 @@ def _overrides(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
     for text in args.set:
         import yaml
 
+        from fastgan.recipes.schema import parse
+
         path, equals, value = text.partition("=")
         if not equals or not path:
             raise InputError(f"--set {text}: expected KEY=VALUE, e.g. generator.widths=[64,64]")
         try:
-            found[path] = (f"--set {path}", yaml.safe_load(value))
+            found[path] = (f"--set {path}", parse(value))
         except yaml.YAMLError as e:
             raise InputError(f"--set {text}: the value is not YAML") from e
     return found
@@ -260,10 +264,14 @@ def _recipe_of(folder: Path) -> Recipe:
 
 
 def _must_equal(before: Recipe, after: Recipe, folder: str) -> None:
-    """A resumed run keeps its recipe, but for its length, where the data are, and what is looked at along the way."""
+    """A resumed run keeps its recipe, but for its length and what is looked at along the way.
+
+    The trainer has compared data and precision, which may be said in other words.
+    """
     had, has = before.to_dict(), after.to_dict()
+    free = ("name", "data", "precision", "kimg", "evaluation", "snapshot_kimg", "log_kimg")
     for key in had:
-        if key not in ("kimg", "data", "evaluation", "snapshot_kimg", "log_kimg", "name") and had[key] != has[key]:
+        if key not in free and had[key] != has[key]:
             raise InputError(f"{folder}: {key} is {has[key]}, the run has {had[key]}: a resumed run keeps its recipe")
 
 
@@ -271,7 +279,7 @@ def _show_plan(recipe: Recipe, engine: Engine, explanation: str, as_json: bool) 
     import yaml
 
     if as_json:
-        print(json.dumps({"recipe": recipe.to_dict(), "explain": explanation}))
+        print(_json({"recipe": recipe.to_dict(), "explain": explanation}))
         return
     print(yaml.safe_dump(recipe.to_dict(), sort_keys=False, default_flow_style=None))
     for name, network in (("generator", engine.generator), ("discriminator", engine.discriminator)):
@@ -303,6 +311,19 @@ def _figures(quality: dict[str, float], n: int) -> list[tuple[str, str]]:
     return [("quality", f"of {n} samples, against the data"), *rows]
 
 
+def _json(found: Any) -> str:
+    """One line of JSON, which has no NaN and no infinity: ``null``."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(found), default=str)
+
+
 def _table(rows: list[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
@@ -313,7 +334,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 def _open_run(args: argparse.Namespace) -> tuple[Recipe, Engine, dict[str, Any], Path]:
     """Recipe, engine as of the checkpoint, what config.json says of the data, and the run folder."""
-    from fastgan import checkpoint, runs
+    from fastgan import runs
     from fastgan.trainer import build_engine, restore
 
     path = Path(args.run) if args.run else runs.newest(Path(args.outdir))
@@ -321,7 +342,7 @@ def _open_run(args: argparse.Namespace) -> tuple[Recipe, Engine, dict[str, Any],
     recipe = _recipe_of(folder)
     data = runs.config(folder)["data"]
     engine = build_engine(recipe, tuple(data["shape"]), data["classes"], getattr(args, "device", "cpu"))
-    restore(engine, checkpoint.load(last), last)
+    restore(engine, runs.state(last), last)
     return recipe, engine, data, folder
 
 
@@ -343,7 +364,7 @@ def _sample(args: argparse.Namespace) -> int:
     out = Path(args.out)
     _write_samples(recipe, about, x, labels, out)
     if args.json:
-        print(json.dumps({"run": str(folder), "out": str(out), "samples": args.number}))
+        print(_json({"run": folder, "out": out, "samples": args.number}))
     else:
         print(out)
     return 0
@@ -406,7 +427,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     spec = dataclasses.replace(recipe.data, source=args.data) if args.data else recipe.data
     found = quality(engine, open_data(spec), evaluation, ema=not args.no_ema, inception_weights=args.inception_weights)
     if args.json:
-        print(json.dumps({"run": str(folder), "samples": evaluation.samples, "quality": found}))
+        print(_json({"run": folder, "samples": evaluation.samples, "quality": found}))
     else:
         print(_table([("run", str(folder)), *_figures(found, evaluation.samples)]))
     return 0
@@ -418,7 +439,7 @@ def _export(args: argparse.Namespace) -> int:
     recipe, engine, _, folder = _open_run(args)
     average = None if args.no_ema else engine.generator_ema
     out = export_generator(average or engine.generator, recipe.latent, args.out, n_classes=engine.n_classes)
-    print(json.dumps({"run": str(folder), "out": str(out)}) if args.json else out)
+    print(_json({"run": folder, "out": out}) if args.json else out)
     return 0
 
 
@@ -426,15 +447,15 @@ def _doctor(args: argparse.Namespace) -> int:
     from fastgan import doctor
 
     found = doctor.report()
-    print(json.dumps(found) if args.json else doctor.render(found))
+    print(_json(found) if args.json else doctor.render(found))
     return 0
 
 
 def _threads(n: int | None) -> None:
     if n is None:
         return
-    if n < 1:
-        raise InputError(f"--threads: {n}, expected at least 1")
+    if not 1 <= n <= _MOST_THREADS:
+        raise InputError(f"--threads: {n}, expected 1 … {_MOST_THREADS}")
     import torch
 
     torch.set_num_threads(n)

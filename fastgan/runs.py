@@ -10,12 +10,34 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from fastgan import checkpoint
 from fastgan.errors import InputError
 
-_NAME = re.compile(r"(\d{5,})-.+")
+_NAME = re.compile(r"([0-9]{5,})-.+")
+# what is read of a run's files: key paths, a dict before what is in it, and types
+_CONFIG: dict[str, Any] = {
+    "recipe": (dict, NoneType),
+    "every": dict,
+    **dict.fromkeys(("every.log", "every.snapshot", "every.evaluate"), int),
+    "engine": dict,
+    "data": dict,
+    "data.name": str,
+    "data.shape": list,
+    "data.classes": int,
+    "data.fingerprint": (str, NoneType),
+}
+_STATE: dict[str, Any] = {
+    "engine": dict,
+    "feed": dict,
+    "trainer": dict,
+    "trainer.iteration": int,
+    "trainer.metrics_bytes": int,
+    "trainer.warned": bool,
+    "trainer.wall_seconds": (int, float),
+}
 
 
 def cannot_write(path: Path, e: OSError) -> InputError:
@@ -75,9 +97,8 @@ def last_checkpoint(folder: Path) -> Path | None:
     """
     checkpoints = folder / "checkpoints"
     found = checkpoint.newest(checkpoints)
-    names = [p for p in checkpoints.iterdir() if p.name.isdigit()] if checkpoints.is_dir() else []
-    last = max(names, key=lambda p: int(p.name), default=None)
-    if last is not None and (found is None or int(re.sub(r"\D", "", found.name)) < int(last.name)):
+    last = next(reversed(checkpoint.present(checkpoints)), None)
+    if last is not None and last != found:
         if found is None:
             checkpoint.load(last)  # raises, naming the file
         warnings.warn(f"{last} is damaged; {found} is taken", stacklevel=2)
@@ -97,17 +118,42 @@ def config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read: {e.strerror}") from e
     except ValueError as e:
         raise InputError(f"{path}: not JSON: {e}") from e
-    if not isinstance(found, dict) or not {"recipe", "batch", "kimg", "every", "data"} <= found.keys():
+    if not isinstance(found, dict):
         raise InputError(f"{path}: not the config.json of a run")
+    for name, kind in _CONFIG.items():
+        value: Any = found
+        for key in name.split("."):
+            if key not in value:
+                raise InputError(f"{path}: {name} is missing")
+            value = value[key]
+        if not isinstance(value, kind):
+            raise InputError(f"{path}: {name} is {value!r:.40}, not what a run wrote")
+    return found
+
+
+def state(path: Path) -> dict[str, Any]:
+    """The contents of a run's checkpoint.
+
+    Raises:
+        InputError: it is damaged or not a run's; names the file.
+    """
+    found = checkpoint.load(path)
+    for name, kind in _STATE.items():
+        part, _, key = name.partition(".")
+        if part not in found:
+            raise InputError(f"{path}: not a checkpoint of a run")
+        value = found[part].get(key) if key else found[part]
+        if not isinstance(value, kind):
+            said = "missing" if value is None else f"{value!r:.40}, not what a run wrote"
+            raise InputError(f"{path}/state.json: {name} is {said}")
     return found
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints; a killed process leaves no half-removed one that looks whole."""
+    """Remove all complete checkpoints but the newest ``keep``; a killed process leaves none half removed."""
     import shutil
 
-    names = sorted((p for p in (folder / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
-    for path in names[:-keep]:
+    for path in checkpoint.complete(folder / "checkpoints")[:-keep]:
         aside = path.with_name(f".{path.name}.unfinished")
         path.rename(aside)
         shutil.rmtree(aside)

@@ -27,13 +27,14 @@ import torch
 import fastgan
 from fastgan import checkpoint, losses, models, penalties, pictures, runs
 from fastgan.data import Dataset, open_dataset
+from fastgan.data.stream import Stream
 from fastgan.data.toys import TOYS
 from fastgan.ema import EMA
 from fastgan.engine import Engine
 from fastgan.errors import InputError
 from fastgan.optim import Adam, AdamW, Schedule
 from fastgan.recipes import Recipe
-from fastgan.recipes.schema import DataSpec, EvaluationSpec, OptimizerSpec, iterations
+from fastgan.recipes.schema import MOST_KIMG, DataSpec, EvaluationSpec, OptimizerSpec, iterations
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -91,14 +92,17 @@ class Trainer:
         snapshot_kimg: a picture of samples and a checkpoint every so often; a tenth of the run where not given.
         log_kimg: a line of metrics.jsonl every so often; a two-hundredth of the run where not given.
         evaluation: which quality figures, of how many samples, how often.
-        resume: a run folder to go on with, or ``True`` for the newest in ``outdir``.
+        resume: a run folder to go on with, or ``True`` for the newest in ``outdir``. Data, batch and the engine's
+            settings must be the run's; what happens how often is the run's where not given. An iterable or DataLoader
+            is restarted and what the pass had given is skipped: the resumed run is the same to the bit only where the
+            order within a pass is the same too.
         progress: ``"bar"``, ``"lines"`` (one every ten seconds) or ``"none"``, on the standard error; ``"auto"`` is a
             bar on a terminal and lines elsewhere.
         recipe: what the engine was built from; kept in config.json.
 
     Raises:
-        InputError: the data do not fit the networks or the batch, or the run to resume cannot be gone on with.
-            Nothing has been written then.
+        InputError: an argument is out of its range, the data do not fit the networks, the batch or the figures, or the
+            run to resume cannot be gone on with. Nothing has been written then.
     """
 
     def __init__(
@@ -122,6 +126,13 @@ class Trainer:
         self.evaluation = evaluation or EvaluationSpec()
         self.outdir = Path(outdir)
         self.progress = progress
+        if not isinstance(batch, int) or batch < 1:
+            raise InputError(f"Trainer: batch is {batch}, expected a whole number of at least 1")
+        every_kimg = self.evaluation.every_kimg
+        lengths = {"kimg": kimg, "snapshot_kimg": snapshot_kimg, "log_kimg": log_kimg, "every_kimg": every_kimg}
+        for key, value in lengths.items():
+            if value is not None and not 0 < value <= MOST_KIMG:
+                raise InputError(f"Trainer: {key} is {value}, expected more than 0 and at most {MOST_KIMG:g}")
         self.per_iteration = engine.n_critic * batch
         self.total = iterations(kimg, self.per_iteration)
         self._check()
@@ -129,13 +140,11 @@ class Trainer:
         self.folder: Path | None = None
         self.iteration = 0
         self.train_seconds = 0.0
-        self._metrics_bytes = 0
+        self._metrics_bytes = 0  # of the log's lines up to this iteration
         self._warned = False
-        every = {
-            "log": iterations(log_kimg or kimg / 200, self.per_iteration),
-            "snapshot": iterations(snapshot_kimg or kimg / 10, self.per_iteration),
-            "evaluate": iterations(self.evaluation.every_kimg or kimg, self.per_iteration),
-        }
+        given = {"log": log_kimg, "snapshot": snapshot_kimg, "evaluate": every_kimg}
+        every = {k: iterations(v, self.per_iteration) for k, v in given.items() if v is not None}
+        usual = {"log": kimg / 200, "snapshot": kimg / 10, "evaluate": kimg}
         suffix = "" if self.data.name in name else f"-{self.data.name}"
         self.name = f"{name}{suffix}"
         self.config: dict[str, Any] = {
@@ -143,19 +152,20 @@ class Trainer:
             "torch": torch.__version__,
             "recipe": recipe.to_dict() if recipe is not None else None,
             "batch": batch,
-            "n_critic": engine.n_critic,
             "kimg": kimg,
-            "every": every,  # iterations
+            "every": {k: iterations(v, self.per_iteration) for k, v in usual.items()} | every,  # iterations
+            "engine": settings(engine),
             "data": {
                 "name": self.data.name,
                 "rows": len(self.data),
                 "shape": list(self.data.shape),
                 "classes": self.data.n_classes,
-                "fingerprint": self.data.fingerprint,
+                "mirror": self.data.mirror,
+                "fingerprint": None if isinstance(self.data, Stream) else self.data.fingerprint,
             },
         }
         if resume:
-            self._resume(runs.newest(self.outdir) if resume is True else Path(str(resume)))
+            self._resume(runs.newest(self.outdir) if resume is True else Path(str(resume)), every)
 
     @classmethod
     def from_recipe(
@@ -284,26 +294,32 @@ class Trainer:
         from fastgan.quality import check
 
         try:
-            check(data, _wanted(self.evaluation))
+            check(data, self.evaluation.samples, _wanted(self.evaluation))
         except InputError as e:
-            raise InputError(f"evaluation.metrics: {e}") from e
+            raise InputError(f"evaluation: {e}") from e
 
-    def _resume(self, folder: Path) -> None:
+    def _resume(self, folder: Path, every: dict[str, int]) -> None:
         old = runs.config(folder)
         if old["data"]["fingerprint"] != self.config["data"]["fingerprint"]:
             raise InputError(f"{folder}: was trained on other data than {self.data.name!r} now holds")
-        for key in ("batch", "n_critic"):
-            if old[key] != self.config[key]:
-                raise InputError(f"{folder}: {key} is {self.config[key]}, the run to go on with has {old[key]}")
-        self.config["every"] = old["every"]
+        had = _kept(old)
+        for key, value in _kept(self.config).items():
+            if had.get(key) != value:
+                raise InputError(f"{folder}: {key} is {value}, the run to go on with has {had.get(key)}")
+        self.config["every"] = old["every"] | every
         self.folder = folder
         last = runs.last_checkpoint(folder)
         if last is None:  # stopped before the first: start over
             return
-        state = checkpoint.load(last)
+        state = runs.state(last)
+        try:
+            self.feed.load_state_dict(state["feed"])  # a DataLoader starting anew draws from torch's generator
+        except InputError as e:
+            raise InputError(f"{last}/state.json: {e}") from e
         restore(self.engine, state, last)
+        if isinstance(self.data, Stream):
+            warnings.warn(f"{folder}: goes on to the bit only if the data come in the same order again", stacklevel=3)
         trainer = state["trainer"]
-        self.feed.load_state_dict(state["feed"])
         self.iteration, self.train_seconds = trainer["iteration"], trainer["wall_seconds"]
         self._metrics_bytes, self._warned = trainer["metrics_bytes"], trainer["warned"]
 
@@ -328,12 +344,13 @@ class Trainer:
         images = self.engine.images
         row: dict[str, Any] = {"iteration": self.iteration, "images": images, "kimg": images / 1000}
         row |= {prefix + k: v if math.isfinite(v) else None for k, v in figures.items()}
-        with (self._inside() / "metrics.jsonl").open("a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+        with (self._inside() / "metrics.jsonl").open("ab") as f:
+            f.write(json.dumps(row).encode() + b"\n")
+            self._metrics_bytes = f.tell()
         board.add({prefix + k: v for k, v in figures.items()}, images)
 
     def _cut_metrics(self) -> None:
-        """Drop the lines that came after the checkpoint."""
+        """Drop what came after this iteration."""
         path = self._inside() / "metrics.jsonl"
         if path.exists() and path.stat().st_size > self._metrics_bytes:
             os.truncate(path, self._metrics_bytes)
@@ -343,11 +360,9 @@ class Trainer:
         path = self._picture()
         pictures.samples(self.data, self._grid_samples(), path, columns=10 if self.engine.n_classes else None)
         log = self._inside() / "metrics.jsonl"
-        size = 0
         if log.exists():
             with log.open("rb+") as f:
                 os.fsync(f.fileno())
-                size = f.seek(0, os.SEEK_END)
             lines = log.read_text("utf-8").splitlines()
             pictures.loss_curves([row for row in map(json.loads, lines) if "d_loss" in row], self._curves())
         state = {
@@ -355,7 +370,7 @@ class Trainer:
             "feed": self.feed.state_dict(),
             "trainer": {
                 "iteration": self.iteration,
-                "metrics_bytes": size,
+                "metrics_bytes": self._metrics_bytes,
                 "warned": self._warned,
                 "wall_seconds": self.train_seconds,
             },
@@ -374,7 +389,12 @@ class Trainer:
         return engine.sample(len(labels), seed=_GRID_SEED, labels=labels)
 
     def _quality(self) -> dict[str, float]:
-        return quality(self.engine, self.data, self.evaluation)
+        """Figures as of now; none and a warning where samples do not admit them."""
+        try:
+            return quality(self.engine, self.data, self.evaluation)
+        except InputError as e:
+            warnings.warn(f"iteration {self.iteration}: no quality figures: {e}", stacklevel=2)
+            return {}
 
     def _inside(self) -> Path:
         assert self.folder is not None  # set by run()
@@ -409,17 +429,23 @@ def build_engine(recipe: Recipe, shape: tuple[int, ...], n_classes: int, device:
     """The engine that a recipe describes, for data of that shape and those classes; its weights follow the seed.
 
     Raises:
-        InputError: the model cannot have that shape, or the recipe is conditional and the data have no labels.
+        InputError: the model cannot have that shape or does not fit in memory, or the recipe is conditional and the
+            data have no labels.
     """
     if recipe.conditional and not n_classes:
         raise InputError(f"data set {recipe.data.source!r} has no labels; recipe {recipe.name!r} is conditional")
     n_classes = n_classes if recipe.conditional else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        generator, discriminator = (
-            models.build(role, spec, shape, recipe.latent, n_classes, f"recipe {recipe.name}")
-            for role, spec in (("generator", recipe.generator), ("discriminator", recipe.discriminator))
-        )
+        try:
+            generator, discriminator = (
+                models.build(role, spec, shape, recipe.latent, n_classes, f"recipe {recipe.name}")
+                for role, spec in (("generator", recipe.generator), ("discriminator", recipe.discriminator))
+            )
+        except (RuntimeError, MemoryError) as e:  # PyTorch has no type of its own for memory that is not there
+            raise InputError(
+                f"recipe {recipe.name}: networks of latent {recipe.latent}: {str(e).splitlines()[0]}"
+            ) from e
     updates = recipe.iterations
     return Engine(
         generator,
@@ -458,14 +484,43 @@ def restore(engine: Engine, state: dict[str, Any], path: Path) -> None:
     """Load a checkpoint's state into an engine.
 
     Raises:
-        InputError: it is of other networks, or not a trainer's; names the checkpoint.
+        InputError: it is of other networks, or something is missing in it; names the checkpoint.
     """
-    if not {"engine", "feed", "trainer"} <= state.keys():
-        raise InputError(f"{path}: not a checkpoint of a run")
     try:
         engine.load_state_dict(state["engine"])
     except InputError as e:
         raise InputError(f"{path}: {e}") from e
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        missing = f"{e} is missing" if isinstance(e, KeyError) else f"not as it was written: {e}"
+        raise InputError(f"{path}/state.json: engine: {missing}") from e
+
+
+def settings(engine: Engine) -> dict[str, Any]:
+    """What an engine trains by, as plain data for config.json."""
+    return {
+        "loss": engine.loss.name,
+        "clip": engine.loss.clip,
+        "penalties": [_in_words(penalty) for penalty in engine.penalties],
+        "n_critic": engine.n_critic,
+        "g_optimizer": _in_words(engine.g_optimizer),
+        "d_optimizer": _in_words(engine.d_optimizer),
+        "ema": engine.ema and _in_words(engine.ema),
+        "precision": engine.precision,
+        "seed": engine.seed,
+    }
+
+
+def _in_words(setting: object) -> str:
+    """A dataclass in full, of its schedule what does not follow from the run's length; the type of anything else."""
+    if isinstance(setting, Adam) and (s := setting.schedule) is not None:
+        setting = dataclasses.replace(setting, schedule=f"{s.kind} to {s.final:g}")  # type: ignore[arg-type]
+    return repr(setting) if dataclasses.is_dataclass(setting) else type(setting).__name__
+
+
+def _kept(config: dict[str, Any]) -> dict[str, Any]:
+    """What of config.json a resumed run must have the same, by the names that errors give."""
+    data = {f"data.{key}": config["data"].get(key) for key in ("shape", "classes", "mirror")}
+    return {"batch": config.get("batch"), **config["engine"], **data}
 
 
 def quality(
@@ -487,7 +542,14 @@ def quality(
 
 
 def _wanted(evaluation: EvaluationSpec) -> str | tuple[str, ...]:
-    """What :func:`fastgan.quality.evaluate` is asked for; nothing for metrics ``none``."""
+    """What :func:`fastgan.quality.evaluate` is asked for; nothing for metrics ``none``.
+
+    Raises:
+        InputError: ``none`` or ``auto`` stands beside other names.
+    """
+    for word in {"none", "auto"}.intersection(evaluation.metrics):
+        if len(evaluation.metrics) > 1:
+            raise InputError(f"metrics has {word!r} beside others, expected it alone")
     if evaluation.metrics == ("none",):
         return ()
     return "auto" if evaluation.metrics == ("auto",) else evaluation.metrics
@@ -528,7 +590,8 @@ class _Board:
 
     def add(self, figures: dict[str, float], images: int) -> None:
         for name, value in figures.items():
-            self._writer.add_scalar(name, value, images)
+            if math.isfinite(value):
+                self._writer.add_scalar(name, value, images)
 
     def __enter__(self) -> _Board:
         return self

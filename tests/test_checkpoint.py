@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgan import checkpoint
-from fastgan.checkpoint import load, newest, save
+from fastgan.checkpoint import complete, load, newest, present, save
 from fastgan.errors import InputError
 
 DTYPES = (
@@ -131,10 +131,14 @@ def test_newest_takes_the_highest_complete_number(tmp_path: Path) -> None:
     for n in (2, 10, 9):
         save(tmp_path / str(n), {"n": n, "t": torch.zeros(n)})
     (tmp_path / "notes.txt").write_text("x")
-    (tmp_path / "99").mkdir()
+    for name in ("99", "²", "٩٩"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "٩٩" / "state.json").write_text("x")
     assert newest(tmp_path) == tmp_path / "10"
+    assert present(tmp_path) == complete(tmp_path) == [tmp_path / name for name in ("2", "9", "10")]
     os.truncate(tmp_path / "10" / "state.safetensors", 20)
     assert newest(tmp_path) == tmp_path / "9"
+    assert present(tmp_path)[-1] == tmp_path / "10"
     (tmp_path / "9" / "state.json").write_text("{")
     assert newest(tmp_path) == tmp_path / "2"
 

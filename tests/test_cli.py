@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from fastgan.cli import main
+from fastgan.errors import InputError
 
 TINY = ["--kimg", "0.2", "--batch", "10", "--quiet", "--device", "cpu"]
 SMALL = ["--set", "generator.widths=[8]", "--set", "discriminator.widths=[8]", "--set", "evaluation.samples=50"]
@@ -186,9 +187,38 @@ def test_resume_goes_on_and_keeps_the_recipe(run: Path, capsys: pytest.CaptureFi
     assert "g_optimizer is " in capsys.readouterr().err
     assert main([*again, "--set", "latent=50"]) == 2
     assert "checkpoint of another network: generator.net.0.weight" in capsys.readouterr().err
+    assert main([*again, "--set", "data.mirror=true", "--kimg", "0.3"]) == 2
+    assert "data.mirror is True, the run to go on with has False" in capsys.readouterr().err
     assert main([*again, "--kimg", "0.3"]) == 0
     assert json.loads(capsys.readouterr().out)["iterations"] == 30
     assert main([*again, "--kimg", "0.2"]) == 0
+
+
+def no_constant(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_diverged_run_is_told_once(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(*args: object, **kwargs: object) -> dict[str, float]:
+        raise InputError("samples: 2 of 3 hold NaN or infinity")
+
+    monkeypatch.setattr("fastgan.quality.evaluate", evaluate)
+    assert main(["train", "--recipe", "vanilla", "--lr", "1e30", *TINY, *SMALL, *FEW, "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out, parse_constant=no_constant)
+    assert None in found["metrics"].values()
+    assert Path(found["checkpoint"]).is_dir()
+    assert found["quality"] == {}
+    first, last = said.err.splitlines()
+    assert "such updates are skipped and counted" in first
+    assert last == "fastgan: warning: iteration 20: no quality figures: samples: 2 of 3 hold NaN or infinity"
+    assert caplog.records == []  # of TensorBoard's writer
+    monkeypatch.setattr("fastgan.quality.evaluate", lambda *args, **kwargs: {"recall": float("nan")})
+    assert main(["evaluate", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=no_constant)["quality"] == {"recall": None}
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:
@@ -265,7 +295,9 @@ def of_another_network() -> list[str]:
 
 def python_run() -> list[str]:
     Path("runs/00000-x").mkdir(parents=True)
-    found: dict[str, Any] = {"recipe": None, "batch": 1, "kimg": 1, "every": {}, "data": {}}
+    every = {"log": 1, "snapshot": 1, "evaluate": 1}
+    data = {"name": "x", "shape": [1], "classes": 0, "fingerprint": None}
+    found: dict[str, Any] = {"recipe": None, "every": every, "engine": {}, "data": data}
     Path("runs/00000-x/config.json").write_text(json.dumps(found))
     return ["train", "--resume"]
 
@@ -287,7 +319,16 @@ MISTAKES: dict[str, tuple[Callable[[], list[str]], str]] = {
     "wrong value": (lambda: ["train", "--batch", "many"], "--batch: batch is 'many', expected a whole number"),
     "--set without value": (lambda: ["train", "--set", "kimg"], "--set kimg: expected KEY=VALUE"),
     "--set that is no YAML": (lambda: ["train", "--set", "kimg=["], "--set kimg=["),
-    "checkpoint of another network": (of_another_network, "generator.0.weight has shape [8, 100], the network"),
+    "--set that is no date": (lambda: ["train", "--set", "kimg=2001-99-99"], "--set kimg=2001-99-99"),
+    "model": (lambda: ["train", "--set", "generator.model=[1]"], "--set generator.model: generator: unknown model [1]"),
+    "seed": (lambda: ["train", "--seed", "1e30"], "--seed: seed is 1e30, expected at most"),
+    "length": (lambda: ["train", "--kimg", "1e306"], "--kimg: kimg is 1e306, expected at most"),
+    "threads": (lambda: ["train", "--threads", "99999999999"], "--threads: 99999999999"),
+    "no memory": (lambda: ["train", "--set", "latent=1e13"], "recipe wgan-gp: networks of latent 10000000000000: "),
+    "recipe without end": (lambda: recipe_of("a: " + "[" * 3000), "my.yaml: not YAML"),
+    "few samples": (lambda: ["train", "--set", "evaluation.samples=3"], "evaluation: precision: 3 samples"),
+    "none and auto": (lambda: ["train", "--set", "evaluation.metrics=none,auto"], "evaluation: metrics has "),
+    "checkpoint of another network": (of_another_network, "checkpoint of another network: generator.0.weight"),
     "safetensors cut short": (cut_short, "state.safetensors"),
     "batch too large": (lambda: ["train", "--batch", "5000"], "batch is 5000, expected 1"),
     "blocked outdir": (blocked_outdir, "file"),

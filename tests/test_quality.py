@@ -389,13 +389,19 @@ NAN = torch.tensor([[0.0, 0.0], [float("nan"), 0.0], [float("inf"), 0.0]])
         ("table", torch.zeros(9, 3), "auto", r"samples: shape \(9, 3\), expected \[N, 2\]"),
         ("table", torch.zeros(0, 2), "auto", r"samples: shape \(0, 2\), expected \[N, 2\] with N > 0"),
         ("table", NAN, "auto", "samples: 2 of 3 hold NaN or infinity"),
-        ("table", torch.zeros(3, 2), "auto", r"\(3, 2\), expected .* at least 6 rows each"),
+        ("table", torch.zeros(3, 2), "auto", "precision: 3 samples against the 20 rows of .* at least 6 of each"),
+        (
+            "few",
+            torch.zeros(9, 2),
+            ["recall"],
+            "recall: 9 samples against the 4 rows of data set 'rows', expected at least 6",
+        ),
     ],
 )
 def test_mistakes_are_named_in_one_line(
     kind: str, samples: torch.Tensor, metrics: str | list[str], message: str
 ) -> None:
-    data = Rows(torch.zeros(20, 2)) if kind == "table" else Rows(torch.zeros(20, 2, 8, 8))
+    data = Rows(torch.zeros({"table": (20, 2), "few": (4, 2), "pairs": (20, 2, 8, 8)}[kind]))
     with pytest.raises(InputError, match=message) as caught:
         evaluate(data, samples, metrics)
     assert "\n" not in str(caught.value)

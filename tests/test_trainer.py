@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,10 +20,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastgan import Adam, Engine, Trainer, checkpoint, runs
+from fastgan import Adam, Engine, Trainer, checkpoint, losses, runs
 from fastgan.cli import main
 from fastgan.data import open_dataset
 from fastgan.errors import InputError
+from fastgan.optim import Schedule
 from fastgan.penalties import R1
 from fastgan.recipes import load_recipe
 from fastgan.recipes.schema import EvaluationSpec
@@ -286,6 +288,116 @@ def test_a_killed_process_goes_on_to_the_bit(tmp_path: Path, capsys: pytest.Capt
     assert_same_run(tmp_path / "whole" / "00000-gaussians8", log.parent)
 
 
+def small_engine(**options: Any) -> Engine:
+    torch.manual_seed(0)
+    discriminator = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 1))
+    return Engine(nn.Linear(4, 3), discriminator, **{"latent": 4, "device": "cpu", "loss": "hinge", **options})
+
+
+def small_trainer(engine: Engine, data: Any, outdir: Path, **options: Any) -> Trainer:
+    fit = {"batch": 8, "kimg": 0.24, "snapshot_kimg": 0.04, "evaluation": EvaluationSpec(("none",)), "progress": "none"}
+    return Trainer(engine, data, outdir=outdir, **{**fit, **options})
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_data_loader_goes_on(shuffle: bool, tmp_path: Path) -> None:
+    rows = torch.utils.data.TensorDataset(torch.randn(60, 3))
+
+    def started(outdir: Path, **options: Any) -> Trainer:
+        loader = torch.utils.data.DataLoader(rows, batch_size=10, shuffle=shuffle)
+        return small_trainer(small_engine(), loader, outdir, **options)
+
+    whole = started(tmp_path / "whole").run()
+    broken = started(tmp_path / "broken")
+    stopped(broken, 17, crash)
+    with pytest.raises(Stop):
+        broken.run()
+    with pytest.warns(UserWarning, match="only if the data come in the same order again") as caught:
+        resumed = started(tmp_path / "broken", resume=True)
+    assert len(caught) == 1
+    assert resumed.iteration == 15
+    report = resumed.run()
+    assert report.iterations == 30
+    if not shuffle:
+        assert_same_run(whole.folder, report.folder)
+
+
+def test_a_run_that_was_interrupted_runs_on(tmp_path: Path) -> None:
+    whole = trainer(outdir=tmp_path / "whole").run()
+    run = trainer(outdir=tmp_path / "stopped")
+    stopped(run, 16, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert run.run().iterations == 16
+    assert_same_run(whole.folder, run.run().folder)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"loss": "wasserstein"}, "loss is wasserstein, the run to go on with has hinge"),
+        ({"loss": losses.get("hinge", clip=0.1)}, "clip is 0.1, the run to go on with has None"),
+        ({"penalties": [R1(1.0)]}, r"penalties is \['R1\(gamma=1.0, interval=1\)'\], the run to go on with has \[\]"),
+        ({"n_critic": 2}, "n_critic is 2, the run to go on with has 1"),
+        ({"d_optimizer": Adam(lr=1.0)}, r"d_optimizer is Adam\(lr=1.0, .* has Adam\(lr=0.0002, "),
+        ({"g_optimizer": Adam(schedule=Schedule("cosine", steps=9))}, "schedule='cosine to 0'.* has .*'linear to 0'"),
+        ({"ema": None}, r"ema is None, the run to go on with has EMA\(decay=0.999"),
+        ({"precision": "bf16"}, "precision is bf16, the run to go on with has fp32"),
+        ({"seed": 1}, "seed is 1, the run to go on with has 0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_resuming_refuses_another_engine(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
+    data = torch.randn(50, 3)
+    settings = {"g_optimizer": Adam(schedule=Schedule("linear", steps=30))}
+    run = small_trainer(small_engine(**settings), data, tmp_path).run().folder
+    longer = {"g_optimizer": Adam(schedule=Schedule("linear", steps=60))}
+    assert small_trainer(small_engine(**longer), data, tmp_path, kimg=0.48, resume=run).iteration == 30
+    with pytest.raises(InputError, match=said) as e:
+        small_trainer(small_engine(**settings | changed), data, tmp_path, resume=run)
+    assert "\n" not in str(e.value)
+
+
+def test_resuming_takes_what_is_given_of_how_often(tmp_path: Path) -> None:
+    every = trainer(outdir=tmp_path).run().folder / "config.json"
+    before = json.loads(every.read_text())["every"]
+    trainer(outdir=tmp_path, resume=True, snapshot_kimg=0.064, kimg=1.92).run()
+    assert json.loads(every.read_text())["every"] == before | {"snapshot": 2}
+    names = [path.stem for path in (every.parent / "samples").iterdir()]
+    assert "00001024" in names
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("config.json", "recipe"),
+        ("config.json", "every"),
+        ("config.json", "every.log"),
+        ("config.json", "engine"),
+        ("config.json", "data.shape"),
+        ("config.json", "data.fingerprint"),
+        ("state.json", "trainer.iteration"),
+        ("state.json", "trainer.warned"),
+        ("state.json", "feed.position"),
+        ("state.json", "engine.counters"),
+        ("state.json", "engine.counters.images"),
+        ("state.json", "engine.g_optimizer"),
+    ],
+)
+def test_a_file_of_a_run_without_a_key_is_named(file: str, key: str, tmp_path: Path) -> None:
+    run = trainer(outdir=tmp_path).run().folder
+    path = run / file if file == "config.json" else run / "checkpoints" / "00000960" / file
+    content = json.loads(path.read_text())
+    *parents, last = key.split(".")
+    node = content if file == "config.json" else content["state"]
+    for parent in parents:
+        node = node[parent]
+    del node[last]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=last) as e:
+        trainer(outdir=tmp_path, resume=run)
+    assert str(e.value).startswith(str(path.parent))
+    assert file in str(e.value)
+
+
 def test_resuming_refuses_what_would_not_be_the_same_run(tmp_path: Path) -> None:
     run = trainer(outdir=tmp_path).run().folder
     with pytest.raises(InputError, match="batch is 8, the run to go on with has 16"):
@@ -314,7 +426,39 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
         trainer(outdir=tmp_path, resume=run)
 
 
+def test_other_folders_among_the_checkpoints_change_nothing(tmp_path: Path) -> None:
+    run = trainer(outdir=tmp_path, kimg=0.576).run().folder
+    for name in ("00099999", "²"):
+        (run / "checkpoints" / name).mkdir()
+    assert trainer(outdir=tmp_path, resume=run).run().iterations == 30
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["00000768", "00000960", "00099999", "²"]
+    for name in names[:2]:
+        os.truncate(run / "checkpoints" / name / "state.safetensors", 10)
+    with pytest.raises(InputError, match=r"00000960/state\.safetensors: .* cut short"):
+        trainer(outdir=tmp_path, resume=run)
+
+
 # ---- what does not fit
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch": 0}, "batch is 0, expected a whole number of at least 1"),
+        ({"batch": 2.5}, "batch is 2.5, expected a whole number"),
+        ({"kimg": math.nan}, "kimg is nan, expected more than 0"),
+        ({"kimg": -5}, "kimg is -5, expected more than 0"),
+        ({"kimg": 1e306}, "kimg is 1e.306, expected more than 0 and at most 1e.09"),
+        ({"snapshot_kimg": 0}, "snapshot_kimg is 0, expected more than 0"),
+        ({"log_kimg": math.inf}, "log_kimg is inf, expected more than 0"),
+        ({"evaluation": EvaluationSpec(every_kimg=-1)}, "every_kimg is -1, expected more than 0"),
+    ],
+    ids=str,
+)
+def test_arguments_out_of_range(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"Trainer: {said}"):
+        small_trainer(small_engine(), torch.randn(50, 3), tmp_path, **options)
 
 
 def test_mistakes_are_found_before_anything_is_written(tmp_path: Path) -> None:
@@ -395,12 +539,17 @@ def test_cli_prints_how_to_go_on(
 
 
 def test_figures_that_cannot_be_had_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    for metrics, message in (
-        ("modes_covered", "modes_covered: data set 'digits' has no known modes"),
-        ("inception_fid", "nception"),
-        ("fid", "unknown metric 'fid'"),
+    digits = open_dataset("digits")
+    few = open_dataset(torch.rand(4, 1, 8, 8))
+    for key, value, data, message in (
+        ("metrics", "modes_covered", digits, "modes_covered: data set 'digits' has no known modes"),
+        ("metrics", "inception_fid", digits, "nception"),
+        ("metrics", "fid", digits, "unknown metric 'fid'"),
+        ("metrics", "none,auto", digits, "metrics has '(none|auto)' beside others, expected it alone"),
+        ("samples", 3, digits, "precision: 3 samples against the 1797 rows of data set 'digits', expected at least 6"),
+        ("samples", 100, few, "precision: 100 samples against the 4 rows of data set 'tensor', expected at least 6"),
     ):
-        recipe = load_recipe("wgan-gp", {"evaluation.metrics": ("--set", metrics)})
-        with pytest.raises(InputError, match=message):
-            Trainer.from_recipe(recipe, outdir=tmp_path / "runs", device="cpu")
+        recipe = load_recipe("wgan-gp", {f"evaluation.{key}": ("--set", value), "batch": ("--batch", 2)})
+        with pytest.raises(InputError, match=f"evaluation: .*{message}"):
+            Trainer.from_recipe(recipe, outdir=tmp_path / "runs", device="cpu", data=data)
     assert not (tmp_path / "runs").exists()

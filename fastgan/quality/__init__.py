@@ -69,18 +69,22 @@ _MODES = ("modes_covered", "high_quality")
 _NEIGHBOURS = ("precision", "recall", "density", "coverage")
 _SMALL = ("kid_small_classifier", "fid_small_classifier")
 _INCEPTION = ("inception_fid", "inception_kid", "inception_is")
+_LEAST = {**dict.fromkeys(_NEIGHBOURS, 6), **dict.fromkeys((*_SMALL, "inception_fid", "inception_kid"), 2)}  # rows
 _MOST_ROWS = 10_000  # neighbour figures compare every pair of rows
 
 
 def check(
-    dataset: Dataset, metrics: str | Iterable[str] = "auto", inception_weights: str | os.PathLike[str] | None = None
+    dataset: Dataset,
+    samples: int,
+    metrics: str | Iterable[str] = "auto",
+    inception_weights: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Can these figures be had of this data set, here? For callers who train before they evaluate.
+    """Can these figures be had of so many samples and this data set, here? For callers who train before they evaluate.
 
     Raises:
         InputError: as :func:`evaluate`, without looking at any samples.
     """
-    if not set(_INCEPTION).isdisjoint(_chosen(dataset, metrics)):
+    if not set(_INCEPTION).isdisjoint(_chosen(dataset, samples, metrics)):
         features.load_inception(inception_weights, device=torch.device("cpu"))
 
 
@@ -110,11 +114,11 @@ def evaluate(
         Name to figure, in the order of ``metrics``.
 
     Raises:
-        InputError: an unknown figure, one the data set has no use for, samples of another shape, not finite or too
-            few, or no Inception weights.
+        InputError: an unknown figure, one the data set has no use for, samples of another shape or not finite, too few
+            samples or rows, or no Inception weights.
     """
-    names = _chosen(dataset, metrics)
     x = _checked(dataset, samples)
+    names = _chosen(dataset, len(x), metrics)
     found: dict[str, float] = {}
 
     def wanted(*group: str) -> bool:
@@ -149,11 +153,11 @@ def evaluate(
     return {name: found[name] for name in names}
 
 
-def _chosen(dataset: Dataset, metrics: str | Iterable[str]) -> list[str]:
-    if metrics == "auto":
-        if dataset.modes is not None:
-            return [*_MODES, "sliced_wasserstein"]
-        return ["sliced_wasserstein", *_NEIGHBOURS, *(_SMALL if dataset.kind == "image" else ())]
+def _chosen(dataset: Dataset, samples: int, metrics: str | Iterable[str]) -> list[str]:
+    if metrics == "auto" and dataset.modes is not None:
+        metrics = [*_MODES, "sliced_wasserstein"]
+    elif metrics == "auto":
+        metrics = ["sliced_wasserstein", *_NEIGHBOURS, *(_SMALL if dataset.kind == "image" else ())]
     names = [metrics] if isinstance(metrics, str) else list(metrics)
     for name in names:
         if name not in METRICS:
@@ -164,6 +168,9 @@ def _chosen(dataset: Dataset, metrics: str | Iterable[str]) -> list[str]:
             raise InputError(f"{name}: data set {dataset.name!r} has {dataset.shape[0]} channels, expected 1 or 3")
         if name in _MODES and dataset.modes is None:
             raise InputError(f"{name}: data set {dataset.name!r} has no known modes, expected a toy")
+        if min(samples, len(dataset)) < (least := _LEAST.get(name, 1)):
+            has = f"{samples} samples against the {len(dataset)} rows of data set {dataset.name!r}"
+            raise InputError(f"{name}: {has}, expected at least {least} of each")
     return names
 
 
