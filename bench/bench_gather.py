@@ -10,17 +10,14 @@ once too, as a feed's does. Every variant gives the same values to the bit.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from bench.conditions import conditions, write
 from fastgan._native import ext
 
 IMAGES, SHAPE, ROUNDS = 50_000, (3, 32, 32), 300
@@ -88,18 +85,10 @@ def measure(x: npt.NDArray[np.uint8], batch: int) -> dict[str, dict[str, float]]
 
 
 def main() -> None:
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    conditions = {
-        "cpu": next(line.split(": ")[1] for line in info if line.startswith("model name")),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": round(os.getloadavg()[0], 1),
-        "nice": os.nice(0),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "data": f"{IMAGES} x {SHAPE} uint8, uniform random",
-        "timing": f"{ROUNDS} rounds, variants interleaved, a fresh random batch for each call, half mirrored",
-    }
+    said = conditions(
+        data=f"{IMAGES} x {SHAPE} uint8, uniform random",
+        timing=f"{ROUNDS} rounds, variants interleaved, a fresh random batch for each call, half mirrored",
+    )
     x = images()
     results = {}
     for batch in (64, 256, 1280):
@@ -116,10 +105,7 @@ def main() -> None:
         for name, t in table.items():
             spread = f"{t['p20_us']:8.0f} … {t['p80_us']:.0f}"
             print(f"  {name:18} {t['median_us']:8.0f} us {spread:18} {t['median_us'] / best:6.2f} x native, 2 threads")
-    out = Path(__file__).parent / "results" / "cpu" / "gather.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"conditions": conditions, "batch": results}, indent=1) + "\n")
-    print(f"written to {out}: {conditions}")
+    print(f"written to {write('gather', {'conditions': said, 'batch': results})}")
 
 
 if __name__ == "__main__":
