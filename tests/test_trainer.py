@@ -288,6 +288,48 @@ def test_a_killed_process_goes_on_to_the_bit(tmp_path: Path, capsys: pytest.Capt
     assert_same_run(tmp_path / "whole" / "00000-gaussians8", log.parent)
 
 
+@pytest.mark.parametrize("moment", ["tensors half written", "before the rename", "after the rename"])
+def test_a_process_killed_while_it_writes_a_checkpoint_goes_on_to_the_bit(moment: str, tmp_path: Path) -> None:
+    whole = trainer(outdir=tmp_path / "whole").run()
+    child = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+from fastgan import checkpoint
+from test_trainer import trainer
+
+write, rename, written = checkpoint._write, os.rename, []
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def write_and_die(file, data):
+    written.append(file)
+    third = len(written) == 5  # two files a checkpoint
+    write(file, data[: len(data) // 2] if third and {moment!r} == "tensors half written" else data)
+    if third and {moment!r} == "tensors half written":
+        die()
+
+def rename_and_die(old, new):
+    third = len(written) == 6 and str(old).endswith(".unfinished")
+    if third and {moment!r} == "before the rename":
+        die()
+    rename(old, new)
+    if third and {moment!r} == "after the rename":
+        die()
+
+checkpoint._write, os.rename = write_and_die, rename_and_die
+torch.manual_seed(0)  # as this test's own process
+trainer(outdir=Path({str(tmp_path / "killed")!r})).run()
+"""
+    assert subprocess.run([sys.executable, "-c", child]).returncode == -signal.SIGKILL
+    resumed = trainer(outdir=tmp_path / "killed", resume=True)
+    third = resumed.total * 3 // 5  # a checkpoint is due every fifth of the run
+    assert resumed.iteration == (third if moment == "after the rename" else third * 2 // 3)
+    assert_same_run(whole.folder, resumed.run().folder)
+
+
 def small_engine(**options: Any) -> Engine:
     torch.manual_seed(0)
     discriminator = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 1))
