@@ -134,8 +134,8 @@ class Engine:
         self._counters = torch.zeros(4, dtype=torch.int64, device=self.device)
         self._d_count, self._g_count, self._image_count, self._averaged = self._counters.unbind()
         self._metrics = torch.full((len(_METRICS),), math.nan, dtype=self.dtype, device=self.device)
-        penalised = [phase for phase in self.phases if phase.penalties]
-        self._penalty = {phase: torch.full_like(self._metrics[0], math.nan) for phase in penalised}
+        intervals = [phase.every for phase in self.phases if phase.penalties]
+        self._penalty = {every: torch.full_like(self._metrics[0], math.nan) for every in intervals}
         self._scale = torch.full((), _SCALE_START, device=self.device)
         self._good_steps = torch.zeros((), dtype=torch.int64, device=self.device)
         self._warn_of_mixed_rows()
@@ -350,7 +350,7 @@ class Engine:
             points = points if self._is_full else points.fresh()  # logits are shared where their precision allows
             with self._full():
                 penalty = torch.stack([p.rows(points.gradient(p)).mean() for p in phase.penalties]).sum()
-            self._penalty[phase].copy_(penalty.detach())
+            self._penalty[phase.every].copy_(penalty.detach())
             penalty = penalty * phase.every if phase.every > 1 else penalty
         self._apply(self._d, adversarial, penalty, self._d_count)
         if self.loss.clip is not None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -568,13 +569,17 @@ def squared_slope(d: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_penalty_of_ones_own_may_perturb() -> None:
+    @dataclass  # not frozen, so without a hash
     class Own:
-        name, place, interval, noise = "own", "perturbed", 1, 0.3
+        noise: float
+        interval: int = 1
+        name = "own"
+        place = "perturbed"
 
         def rows(self, gradient: torch.Tensor) -> torch.Tensor:
             return 3 * (norm(gradient) - 1).square()
 
-    a, b = engine(penalties=(Own(),)), engine(penalties=(DRAGAN(3.0, noise=0.3),))
+    a, b = engine(penalties=(Own(0.3),)), engine(penalties=(DRAGAN(3.0, noise=0.3),))
     for e in (a, b):
         e.step(real())
     assert torch.equal(weights(a.discriminator), weights(b.discriminator))
