@@ -419,6 +419,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     changes: dict[str, Any] = {}
     if args.metrics:
         changes["metrics"] = tuple(name.strip() for name in args.metrics.split(","))
+    elif recipe.evaluation.metrics == ("none",):  # who asks for figures wants some
+        changes["metrics"] = ("auto",)
     if args.samples is not None:
         if args.samples < 2:
             raise InputError(f"--samples: {args.samples}, expected at least 2")

@@ -174,6 +174,12 @@ def test_evaluate(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "sliced_wasserstein" in capsys.readouterr().out
 
 
+def test_evaluate_gives_figures_of_a_run_that_asked_for_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, *SMALL, "--set", "evaluation.metrics=none"]) == 0
+    assert main(["evaluate", "--samples", "50"]) == 0
+    assert "sliced_wasserstein" in capsys.readouterr().out
+
+
 def test_export(run: Path) -> None:
     assert main(["export", str(run), "--out", "g.safetensors"]) == 0
     assert files() == ["g.safetensors"]

@@ -553,6 +553,13 @@ def test_bad_json(tmp_path, how, text, expected):
     assert expected in got
 
 
+def test_bad_json_is_named_before_missing_images(tmp_path):
+    path = zipped(tmp_path / "s.zip", {"dataset.json": b"{not json"})
+    assert message(path).startswith(f"{path}: dataset.json is not JSON (")
+    path = zipped(tmp_path / "t.zip", {"dataset.json": b'{"labels": []}'})
+    assert message(path).startswith(f"{path}: holds no images (")
+
+
 # Names, endings and settings
 
 

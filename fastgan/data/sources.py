@@ -341,11 +341,12 @@ def _only_images(names: Iterable[str]) -> list[str]:
 
 
 def _images(listing: Listing, index: Path | bytes | None, name: str, look: Look, mirror: bool) -> Dataset:
-    if not listing.names:
-        raise InputError(f"{listing.where}: holds no images ({', '.join(_IMAGES)})")
     if isinstance(index, Path):
         index = index.read_bytes() if index.exists() else None
-    labels, class_names = _folder_labels(listing) if index is None else _json_labels(index, listing)
+    told = None if index is None else _json_labels(index, listing)
+    if not listing.names:
+        raise InputError(f"{listing.where}: holds no images ({', '.join(_IMAGES)})")
+    labels, class_names = told or _folder_labels(listing)
     return Dataset(name, decode(listing, look), labels=labels, class_names=class_names, mirror=mirror)
 
 
@@ -377,6 +378,8 @@ def _json_labels(text: bytes, listing: Listing) -> tuple[I64 | None, tuple[str, 
     for name in listing.names:
         if name not in found:
             raise InputError(f"{where} has no label for {name!r}")
+    if not found:
+        return None, ()
     return _classes(np.array([found[name] for name in listing.names]), len(listing.names), where)
 
 
