@@ -9,3 +9,6 @@
 #ifndef FASTGAN_CLONES
 #define FASTGAN_CLONES
 #endif
+
+// For what clones share: compiled anew into each of them.
+#define FASTGAN_INLINE __attribute__((always_inline)) inline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -51,16 +52,42 @@ class EMA:
         return 1 - torch.exp2(-new_images.double() / halflife.clamp(min=1e-8))
 
 
+@dataclass(frozen=True)
+class Average:
+    """A module that follows another, and what says how fast.
+
+    Attributes:
+        module: a copy of the module that is followed.
+        rule: how fast.
+        images: real images shown so far, int64 0-dim.
+        averaged: those of them that were shown at the last average, int64 0-dim; every average sets it.
+    """
+
+    module: nn.Module
+    rule: EMA
+    images: torch.Tensor
+    averaged: torch.Tensor
+
+    def weight(self) -> float | torch.Tensor:
+        """Weight of the new value in the average that is due."""
+        return self.rule.weight(self.images, self.images - self.averaged)
+
+
 def copy_of(module: nn.Module) -> nn.Module:
     """A copy in evaluation mode whose parameters take no gradient."""
     return copy.deepcopy(module).eval().requires_grad_(False)
 
 
+def pairs(average: nn.Module, module: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Averaged and new tensors: parameters and buffers."""
+    old, new = ((*m.parameters(), *m.buffers()) for m in (average, module))
+    return list(zip(old, new, strict=True))
+
+
 @torch.no_grad()
-def update(average: nn.Module, module: nn.Module, weight: float | torch.Tensor) -> None:
-    """Move ``average`` towards ``module``: parameters and floating buffers by ``weight``, other buffers at once."""
-    pairs = zip((*average.parameters(), *average.buffers()), (*module.parameters(), *module.buffers()), strict=True)
-    for old, new in pairs:
+def follow(tensors: Iterable[tuple[torch.Tensor, torch.Tensor]], weight: float | torch.Tensor) -> None:
+    """Move averaged tensors towards new ones: floating ones by ``weight``, others at once."""
+    for old, new in tensors:
         if old.is_floating_point():
             old.lerp_(new, weight.to(old.dtype) if isinstance(weight, torch.Tensor) else weight)
         else:
