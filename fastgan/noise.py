@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import enum
 import math
+from functools import partial
 
 import torch
 
 from fastgan._native import ext
+from fastgan.errors import InputError
 
 Step = int | torch.Tensor
 
@@ -76,12 +78,64 @@ def _bits_native(step: torch.Tensor, rows: int, cols: int, seed: int, stream: in
     return out[:, :cols]
 
 
-# an op of its own, so that what records a step sees its inputs
+def uniform_reference_(out: torch.Tensor, step: torch.Tensor, seed: int, stream: int, first_row: int) -> None:
+    """What :func:`uniform` writes into ``out``, in torch ops."""
+    rows, cols = out.shape
+    raw = bits_reference(step, rows, cols, seed, stream, first_row)
+    out.copy_((raw >> 8).to(out.dtype) * 2.0**-24)
+
+
+def normal_reference_(out: torch.Tensor, step: torch.Tensor, seed: int, stream: int, first_row: int) -> None:
+    """What :func:`normal` writes into ``out``, in torch ops."""
+    rows, cols = out.shape
+    pairs = -(-cols // 2)
+    raw = bits_reference(step, rows, 2 * pairs, seed, stream, first_row)
+    u = (raw.double() + 0.5) * 2.0**-32  # in (0, 1): the logarithm is finite
+    radius = (-2.0 * u[:, 0::2].log()).sqrt()
+    angle = (2.0 * math.pi) * u[:, 1::2]
+    out.copy_(torch.stack([radius * angle.cos(), radius * angle.sin()], dim=2).reshape(rows, 2 * pairs)[:, :cols])
+
+
+def integers_reference_(
+    out: torch.Tensor, step: torch.Tensor, high: int, seed: int, stream: int, first_row: int
+) -> None:
+    """What :func:`integers` writes into ``out``, in torch ops."""
+    out.copy_(bits_reference(step, len(out), 1, seed, stream, first_row)[:, 0] * high >> 32)
+
+
+def _fill_native(name: str, out: torch.Tensor, step: torch.Tensor, seed: int, stream: int, first_row: int) -> None:
+    rows, cols = out.shape
+    fits = out.stride(1) == 1 and out.stride(0) >= cols and out.dtype in (torch.float32, torch.float64)
+    to = out if fits else torch.empty(rows, cols, dtype=torch.float32 if out.dtype == torch.float32 else torch.float64)
+    getattr(ext, name)(
+        to.data_ptr(), to.dtype == torch.float64, rows, cols, to.stride(0), first_row, step.data_ptr(), stream,
+        seed & _LOW64, torch.get_num_threads(),
+    )  # fmt: skip
+    if to is not out:
+        out.copy_(to)
+
+
+def _integers_native(out: torch.Tensor, step: torch.Tensor, high: int, seed: int, stream: int, first_row: int) -> None:
+    assert ext is not None
+    ext.integers(
+        out.data_ptr(), len(out), out.stride(0), high, first_row, step.data_ptr(), stream, seed & _LOW64,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+# ops of their own, so that what records a step sees their inputs and what they write
 _LIBRARY = torch.library.Library("fastgan", "DEF")  # type: ignore[no-untyped-call]
-_LIBRARY.define("bits(Tensor step, int rows, int cols, int seed, int stream, int first_row) -> Tensor")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("bits", bits_reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-if ext is not None:
-    _LIBRARY.impl("bits", _bits_native, "CPU")  # type: ignore[no-untyped-call]
+_KEY = "int seed, int stream, int first_row"
+for _op, _reference, _native in (
+    (f"bits(Tensor step, int rows, int cols, {_KEY}) -> Tensor", bits_reference, _bits_native),
+    (f"uniform_(Tensor(a!) out, Tensor step, {_KEY}) -> ()", uniform_reference_, partial(_fill_native, "uniform")),
+    (f"normal_(Tensor(a!) out, Tensor step, {_KEY}) -> ()", normal_reference_, partial(_fill_native, "normal")),
+    (f"integers_(Tensor(a!) out, Tensor step, int high, {_KEY}) -> ()", integers_reference_, _integers_native),
+):
+    _LIBRARY.define(_op)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(_op.partition("(")[0], _reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    if ext is not None:
+        _LIBRARY.impl(_op.partition("(")[0], _native, "CPU")  # type: ignore[no-untyped-call]
 
 
 def bits(
@@ -98,9 +152,7 @@ def bits(
         first_row: row number of row 0, for a part of a larger batch.
         device: where the numbers are made; on a CPU natively where the extension was built, equal to the bit.
     """
-    at = step if isinstance(step, torch.Tensor) else torch.tensor(step, device=device)
-    seed = (seed + 2**63) % 2**64 - 2**63  # an op takes int64
-    out: torch.Tensor = torch.ops.fastgan.bits(at, rows, cols, seed, int(stream), first_row)
+    out: torch.Tensor = torch.ops.fastgan.bits(_counter(step, device), rows, cols, _int64(seed), int(stream), first_row)
     return out
 
 
@@ -114,10 +166,21 @@ def uniform(
     first_row: int = 0,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Uniform numbers in ``[0, 1)``, multiples of 2**-24, ``[rows, cols]``; arguments as for :func:`bits`."""
-    raw = bits(rows, cols, seed=seed, stream=stream, step=step, first_row=first_row, device=device)
-    return (raw >> 8).to(dtype) * 2.0**-24
+    """Uniform numbers in ``[0, 1)``, multiples of 2**-24, ``[rows, cols]``.
+
+    Args:
+        rows, cols, seed, stream, step, first_row, device: as for :func:`bits`.
+        dtype: of the numbers where ``out`` is not given.
+        out: floating point ``[rows, cols]`` on ``device``, of any strides: written in place and returned.
+
+    Raises:
+        InputError: ``out`` has another shape or device, or is not floating point.
+    """
+    out = _output(out, (rows, cols), device, dtype)
+    torch.ops.fastgan.uniform_(out, _counter(step, device), _int64(seed), int(stream), first_row)
+    return out
 
 
 def normal(
@@ -130,22 +193,61 @@ def normal(
     first_row: int = 0,
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Standard normal numbers by Box and Muller, ``[rows, cols]``; arguments as for :func:`bits`."""
-    pairs = -(-cols // 2)
-    raw = bits(rows, 2 * pairs, seed=seed, stream=stream, step=step, first_row=first_row, device=device)
-    u = (raw.double() + 0.5) * 2.0**-32  # in (0, 1): the logarithm is finite
-    radius = (-2.0 * u[:, 0::2].log()).sqrt()
-    angle = (2.0 * math.pi) * u[:, 1::2]
-    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=2).reshape(rows, 2 * pairs)[:, :cols].to(dtype)
+    """Standard normal numbers by Box and Muller, ``[rows, cols]``; arguments and errors as for :func:`uniform`."""
+    out = _output(out, (rows, cols), device, dtype)
+    torch.ops.fastgan.normal_(out, _counter(step, device), _int64(seed), int(stream), first_row)
+    return out
 
 
 def integers(
-    rows: int, high: int, *, seed: int, stream: Stream, step: Step, first_row: int = 0, device: torch.device | str
+    rows: int,
+    high: int,
+    *,
+    seed: int,
+    stream: Stream,
+    step: Step,
+    first_row: int = 0,
+    device: torch.device | str,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Integers in ``[0, high)``, int64 ``[rows]``, equally likely to 2**-32; arguments as for :func:`bits`."""
-    raw = bits(rows, 1, seed=seed, stream=stream, step=step, first_row=first_row, device=device)[:, 0]
-    return (raw * high) >> 32
+    """Integers in ``[0, high)``, int64 ``[rows]``, equally likely to 2**-32.
+
+    Args:
+        rows, seed, stream, step, first_row, device: as for :func:`bits`.
+        high: ``1 <= high < 2**31``.
+        out: int64 ``[rows]`` on ``device``: written in place and returned.
+
+    Raises:
+        InputError: ``out`` has another shape, dtype or device.
+    """
+    out = _output(out, (rows,), device, torch.int64)
+    torch.ops.fastgan.integers_(out, _counter(step, device), high, _int64(seed), int(stream), first_row)
+    return out
+
+
+def _counter(step: Step, device: torch.device | str) -> torch.Tensor:
+    return step.long() if isinstance(step, torch.Tensor) else torch.tensor(step, device=device)
+
+
+def _int64(seed: int) -> int:
+    """What an op takes of a seed."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _output(
+    out: torch.Tensor | None, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype
+) -> torch.Tensor:
+    if out is None:
+        return torch.empty(shape, device=device, dtype=dtype)
+    right_kind = out.is_floating_point() if dtype.is_floating_point else out.dtype == dtype
+    if tuple(out.shape) != shape or not right_kind or out.device.type != torch.device(device).type:
+        kind = "floating point" if dtype.is_floating_point else str(dtype)
+        raise InputError(
+            f"noise: out is {out.dtype} {list(out.shape)} on {out.device}, expected {kind} {list(shape)} on {device}"
+        )
+    return out
 
 
 def shuffled(position: torch.Tensor, n: int, *, seed: int) -> torch.Tensor:
