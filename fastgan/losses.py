@@ -16,9 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch.nn.functional import relu, softplus
+from torch.nn import functional as F
+from torch.nn.functional import relu
 
 from fastgan.errors import InputError, unknown
+
+
+def softplus(x: torch.Tensor) -> torch.Tensor:
+    """``log(1 + exp(x))``: torch takes ``x`` itself from 20 on by default, which leaves out 2e-9 there."""
+    return F.softplus(x, threshold=40.0)
 
 
 @dataclass(frozen=True)
@@ -41,20 +47,59 @@ class Loss:
     clip: float | None = None
 
 
-def _relativistic_generator(f: torch.Tensor, r: torch.Tensor | None) -> torch.Tensor:
+Logits = torch.Tensor
+
+
+def _cross_entropy(r: Logits, f: Logits) -> torch.Tensor:
+    return softplus(-r) + softplus(f)
+
+
+def _minimax_generator(f: Logits, r: Logits | None) -> torch.Tensor:
+    return -softplus(f)
+
+
+def _non_saturating_generator(f: Logits, r: Logits | None) -> torch.Tensor:
+    return softplus(-f)
+
+
+def _wasserstein(r: Logits, f: Logits) -> torch.Tensor:
+    return f - r
+
+
+def _higher(f: Logits, r: Logits | None) -> torch.Tensor:
+    return -f
+
+
+def _hinge(r: Logits, f: Logits) -> torch.Tensor:
+    return relu(1 - r) + relu(1 + f)
+
+
+def _least_squares(r: Logits, f: Logits) -> torch.Tensor:
+    return ((r - 1).square() + f.square()) / 2
+
+
+def _least_squares_generator(f: Logits, r: Logits | None) -> torch.Tensor:
+    return (f - 1).square() / 2
+
+
+def _relativistic(r: Logits, f: Logits) -> torch.Tensor:
+    return softplus(f - r)
+
+
+def _relativistic_generator(f: Logits, r: Logits | None) -> torch.Tensor:
     assert r is not None  # the engine gives real logits where `compares` is set
     return softplus(r - f)
 
 
 LOSSES: dict[str, Loss] = {
     loss.name: loss
-    for loss in (
-        Loss("minimax", lambda r, f: softplus(-r) + softplus(f), lambda f, r: -softplus(f)),
-        Loss("non-saturating", lambda r, f: softplus(-r) + softplus(f), lambda f, r: softplus(-f)),
-        Loss("wasserstein", lambda r, f: f - r, lambda f, r: -f),
-        Loss("hinge", lambda r, f: relu(1 - r) + relu(1 + f), lambda f, r: -f),
-        Loss("least-squares", lambda r, f: ((r - 1).square() + f.square()) / 2, lambda f, r: (f - 1).square() / 2),
-        Loss("relativistic", lambda r, f: softplus(f - r), _relativistic_generator, compares=True),
+    for loss in (  # named functions, so that an engine can be pickled
+        Loss("minimax", _cross_entropy, _minimax_generator),
+        Loss("non-saturating", _cross_entropy, _non_saturating_generator),
+        Loss("wasserstein", _wasserstein, _higher),
+        Loss("hinge", _hinge, _higher),
+        Loss("least-squares", _least_squares, _least_squares_generator),
+        Loss("relativistic", _relativistic, _relativistic_generator, compares=True),
     )
 }
 
