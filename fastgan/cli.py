@@ -283,6 +283,7 @@ def _show_plan(recipe: Recipe, engine: Engine, explanation: str, as_json: bool) 
         return
     print(yaml.safe_dump(recipe.to_dict(), sort_keys=False, default_flow_style=None))
     for name, network in (("generator", engine.generator), ("discriminator", engine.discriminator)):
+        assert network is not None  # a recipe has both
         n = sum(p.numel() for p in network.parameters())
         print(f"{name}, {n:,} parameters: {network}\n")
     print(explanation)
@@ -440,7 +441,9 @@ def _export(args: argparse.Namespace) -> int:
 
     recipe, engine, _, folder = _open_run(args)
     average = None if args.no_ema else engine.generator_ema
-    out = export_generator(average or engine.generator, recipe.latent, args.out, n_classes=engine.n_classes)
+    network = average or engine.generator
+    assert network is not None  # a recipe has one
+    out = export_generator(network, recipe.latent, args.out, n_classes=engine.n_classes)
     print(_json({"run": folder, "out": out}) if args.json else out)
     return 0
 

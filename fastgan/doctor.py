@@ -39,8 +39,9 @@ def report() -> dict[str, Any]:
         lost.append(f"Triton kernels do not run ({triton['detail']}): their reference in PyTorch ops runs instead")
     if not native["works"]:
         lost.append(
-            f"the native extension does not work ({native['detail']}): batches are gathered by numpy, which is slower; "
-            "with a C++17 compiler installed, install fastgan again"
+            f"the native extension does not work ({native['detail']}): batches are gathered by numpy, noise and "
+            "updates on a CPU are made in PyTorch ops alone, which is slower; with a C++17 compiler installed, "
+            "install fastgan again"
         )
     lost += [
         f"{package} is not installed: without {use}; pip install '{source}'"

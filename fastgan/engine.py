@@ -1,65 +1,55 @@
 """The engine: a generator and a discriminator in, alternating updates out.
 
-An iteration is a list of phases. A phase updates one player from an adversarial loss, penalties, or both; it is
-data (:class:`Phase`), and the engine runs it. Here every phase goes through autograd in PyTorch ops: these are
-the numbers that any faster path is held to.
+An iteration is a list of phases (:mod:`fastgan.phases`). A phase whose networks can be read as chains of known layers
+runs in closed form (:mod:`fastgan.plan`), any other through autograd (:mod:`fastgan.autograd`), with the same numbers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
+from fastgan import costs, losses, noise
 from fastgan import ema as averaging
-from fastgan import losses, noise
+from fastgan.arithmetic import Arithmetic
+from fastgan.autograd import Autograd, Points, Samples
 from fastgan.backend import Backend, checked
-from fastgan.ema import EMA
+from fastgan.ema import EMA, Average
 from fastgan.errors import InputError, unknown
 from fastgan.noise import Stream
 from fastgan.optim import Adam, Updater
-from fastgan.penalties import Penalty, Perturbing, Place
+from fastgan.penalties import Penalty
+from fastgan.phases import Phase
+from fastgan.plan import Plan
+from fastgan.planner import Example, Planner
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Latent = int | Callable[[int, torch.Generator], torch.Tensor]
 Batch = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
 State = dict[str, Any]
 
+_LOG = logging.getLogger(__name__)
 _METRICS = ("d_loss", "g_loss", "d_real", "d_fake")
 _MIXES_ROWS = (nn.modules.batchnorm._BatchNorm,)
 _SCALE_START, _SCALE_LEAST, _SCALE_GROWTH_INTERVAL = 2.0**16, 2.0**-14, 2000
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One update of one player.
-
-    Attributes:
-        player: whose parameters change.
-        adversarial: whether the loss is part of it.
-        penalties: gradient penalties that are part of it.
-        every: runs after every so many updates of the player, the first one included.
-    """
-
-    player: Literal["discriminator", "generator"]
-    adversarial: bool
-    penalties: tuple[Penalty, ...] = ()
-    every: int = 1
 
 
 class Engine:
     """Trains a generator against a discriminator.
 
     Args:
-        generator: ``z [B, latent] -> [B, ...]``; with classes ``(z, labels) -> [B, ...]``.
+        generator: ``z [B, latent] -> [B, ...]``; with classes ``(z, labels) -> [B, ...]``. ``None`` trains the
+            discriminator alone, on fakes that are given to every step.
         discriminator: ``[B, ...] -> logits [B, ...]``, one or more per sample; with classes ``(x, labels)``.
-            One that ends in ``nn.Sigmoid`` is trained on that layer's input.
+            One that ends in ``nn.Sigmoid`` is trained on that layer's input. One that packs k samples into a row says
+            so in an attribute ``pac`` (:class:`fastgan.models.packing.Packed`) and gives logits ``[B / k, ...]``.
         latent: size of the standard normal latent, or ``(batch, torch.Generator) -> tensor`` on the CPU.
         loss: a name from :data:`fastgan.losses.LOSSES`, or a :class:`fastgan.losses.Loss`.
         penalties: from :mod:`fastgan.penalties`; several may be given.
@@ -69,10 +59,14 @@ class Engine:
         ema: of the generator: ``None``, a decay, or :class:`EMA`.
         precision: ``"auto"`` is bf16 on GPUs that have it and fp32 elsewhere. Penalties are always fp32. Modules in
             float64 train in float64 whatever is asked for.
-        backend: ``"auto"`` and ``"reference"`` run PyTorch ops; ``"triton"`` is refused, as no phase has kernels.
+        backend: ``"auto"`` and ``"reference"`` run PyTorch ops, on a CPU with native code between them; ``"triton"``
+            is refused, as no phase has Triton kernels.
         device: ``"auto"`` is the GPU where there is one.
         seed: of all noise.
         n_classes: number of classes of a conditional pair, 0 for an unconditional one.
+        closed_form: run phases without autograd where that is possible; :meth:`explain` says where, and why not.
+
+    The parameters become views of one flat tensor per network: ``state_dict()`` and in-place changes work as ever.
 
     Raises:
         InputError: an argument is out of its range, or the networks do not fit together.
@@ -80,7 +74,7 @@ class Engine:
 
     def __init__(
         self,
-        generator: nn.Module,
+        generator: nn.Module | None,
         discriminator: nn.Module,
         latent: Latent = 100,
         loss: str | losses.Loss = "non-saturating",
@@ -94,6 +88,7 @@ class Engine:
         device: str | torch.device = "auto",
         seed: int = 0,
         n_classes: int = 0,
+        closed_form: bool = True,
     ) -> None:
         if isinstance(latent, int) and latent < 1:
             raise InputError(f"Engine: latent is {latent}, expected >= 1")
@@ -102,45 +97,87 @@ class Engine:
         if not isinstance(ema, EMA | int | float | None):
             raise InputError(f"Engine: ema is {ema!r}, expected None, a decay or fastgan.EMA")
         if checked(backend, "Engine") == "triton":
-            raise InputError(
-                "Engine: backend is 'triton', but every phase runs in PyTorch ops: use 'auto' or 'reference'"
-            )
+            raise InputError("Engine: backend is 'triton', but no phase has Triton kernels: use 'auto' or 'reference'")
+        if generator is None and n_classes:
+            raise InputError("Engine: n_classes is given, but there is no generator to make samples of a class")
         self.device = _device(device)
-        self.generator, self.discriminator = generator.to(self.device), discriminator.to(self.device)
+        self.generator = generator.to(self.device) if generator is not None else None
+        self.discriminator = discriminator.to(self.device)
         self.latent, self.loss, self.n_critic = latent, losses.get(loss), n_critic
+        if not isinstance(penalties, Sequence) or not all(hasattr(p, "rows") for p in penalties):
+            raise InputError(f"Engine: penalties is {penalties!r}, expected a sequence of fastgan.penalties")
         self.penalties, self.seed, self.n_classes = tuple(penalties), int(seed), n_classes
 
-        self._sets_precision = _old_precision_setting()
-        self.sample_shape = self._probe()
-        parameters = [p for p in (*generator.parameters(), *discriminator.parameters()) if p.is_floating_point()]
+        self.packed = getattr(discriminator, "pac", 1)
+        if not isinstance(self.packed, int) or self.packed < 1:
+            raise InputError(f"discriminator: its attribute pac is {self.packed!r}, expected a whole number >= 1")
+        networks = [n for n in (generator, discriminator) if n is not None]
+        parameters = [p for n in networks for p in n.parameters() if p.is_floating_point()]
         self.dtype = parameters[0].dtype if parameters else torch.float32
+        self._sigmoid: nn.Module | None = None
+        self.sample_shape: tuple[int, ...] | None = None  # without a generator, that of the first batch
+        if self.generator is not None:
+            self._probe(self._probe_generator())
         if self.dtype not in (torch.float32, torch.float64):
             raise InputError(f"Engine: parameters are {self.dtype}, expected float32 or float64; see precision")
         self.precision = self._precision(precision)
+        self._arithmetic = Arithmetic(self.precision, self.device)
         lazy = sorted({p.interval for p in self.penalties if p.interval > 1})
         self.phases = (
             Phase("discriminator", True, tuple(p for p in self.penalties if p.interval == 1)),
             *(Phase("discriminator", False, tuple(p for p in self.penalties if p.interval == k), k) for k in lazy),
-            Phase("generator", True),
+            *([Phase("generator", True)] if generator is not None else []),
         )
         self.g_optimizer, self.d_optimizer = g_optimizer or Adam(), d_optimizer or Adam()
-        self._g = Updater("g_optimizer", generator, self.g_optimizer)
-        self._d = Updater("d_optimizer", discriminator, self.d_optimizer, sum(1 / k for k in lazy))
         self.ema = EMA(decay=ema) if isinstance(ema, int | float) else ema
-        self.generator_ema = averaging.copy_of(generator) if self.ema else None
+        self.generator_ema = averaging.copy_of(generator) if self.ema and generator is not None else None
 
         # what a step changes: counters are kept on the device for the step and on the host for control flow
         self.d_updates, self.g_updates, self.images, self.samples, self.batch = 0, 0, 0, 0, 0
-        self._counters = torch.zeros(4, dtype=torch.int64, device=self.device)
-        self._d_count, self._g_count, self._image_count, self._averaged = self._counters.unbind()
+        counters = torch.zeros(4, dtype=torch.int64, device=self.device)
+        self._d_count, self._g_count, self._image_count, self._averaged = counters.unbind()
+        average = None
+        if self.ema is not None and self.generator_ema is not None:
+            average = Average(self.generator_ema, self.ema, self._image_count, self._averaged)
+        self._g: Updater | None = None
+        if generator is not None:
+            self._g = Updater(
+                "g_optimizer", generator, self.g_optimizer, update=self._g_count, average=average, other=discriminator
+            )
+        self._d = Updater(
+            "d_optimizer", discriminator, self.d_optimizer, sum(1 / k for k in lazy), update=self._d_count,
+            clip=self.loss.clip, other=generator,
+        )  # fmt: skip
         self._metrics = torch.full((len(_METRICS),), math.nan, dtype=self.dtype, device=self.device)
         intervals = [phase.every for phase in self.phases if phase.penalties]
         self._penalty = {every: torch.full_like(self._metrics[0], math.nan) for every in intervals}
         self._scale = torch.full((), _SCALE_START, device=self.device)
         self._good_steps = torch.zeros((), dtype=torch.int64, device=self.device)
         self._warn_of_mixed_rows()
+        self._autograd = Autograd(
+            self.generator, discriminator, loss=self.loss, arithmetic=self._arithmetic, dtype=self.dtype,
+            packed=self.packed, scale=self._scale,
+        )  # fmt: skip
+        self._autograd.sigmoid = self._sigmoid
+        self._measured = self._named_metrics()
+        self._closed_form = closed_form
+        self._planner: Planner | None = None
+        self._said: set[Phase] = set()
 
     # ---- set-up
+
+    def __getstate__(self) -> State:
+        """Without the plans, which hold addresses: a copy makes its own."""
+        return self.__dict__ | {"_planner": None, "_measured": None}
+
+    def __setstate__(self, state: State) -> None:
+        self.__dict__.update(state)
+        self._measured = self._named_metrics()
+
+    def _named_metrics(self) -> dict[str | int, torch.Tensor]:
+        """Where updates write their figures: views, which pickling does not keep."""
+        figures: dict[str | int, torch.Tensor] = dict(zip(_METRICS, self._metrics, strict=True))
+        return figures | self._penalty
 
     def _precision(self, asked: str) -> str:
         if asked not in get_args(Precision):
@@ -151,35 +188,34 @@ class Engine:
             return asked
         return "bf16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
-    @torch.no_grad()
-    def _probe(self) -> tuple[int, ...]:
-        """Run both networks once on two samples, in evaluation mode: do they fit, and is the last layer a sigmoid?"""
-        self._sigmoid: nn.Module | None = None
+    def _probe_generator(self) -> torch.Tensor:
+        """A few samples in evaluation mode: the networks fit together if the discriminator takes them."""
+        generator, rows = self._the_generator("Engine"), 2 * self.packed
+        labels = torch.zeros(rows, dtype=torch.int64, device=self.device) if self.n_classes else None
+        dtype = next((p.dtype for p in generator.parameters()), torch.float32)
+        with torch.no_grad(), _in_evaluation(generator, self.device):
+            z = self._latents(rows, Stream.SAMPLE, 0, dtype=dtype)
+            x = _call("generator", generator, z, labels, f"latents {_shape(z)}")
+        if x.ndim < 2 or len(x) != rows:
+            raise InputError(f"generator: gave {_shape(x)} for {rows} latents, expected [{rows}, ...]")
+        return x
+
+    def _probe(self, x: torch.Tensor) -> None:
+        """Run the discriminator once on a few samples: does it take them, and is its last layer a sigmoid?"""
         ends: dict[nn.Module, list[torch.Tensor]] = {}
-        networks = (self.generator, self.discriminator)
-        training = {m: m.training for network in networks for m in network.modules()}
         sigmoids = [m for m in self.discriminator.modules() if isinstance(m, nn.Sigmoid)]
         hooks = [m.register_forward_hook(lambda m, args, out: ends.setdefault(m, []).append(out)) for m in sigmoids]
-        labels = torch.zeros(2, dtype=torch.int64, device=self.device) if self.n_classes else None
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            try:
-                for network in networks:
-                    network.eval()
-                dtype = next((p.dtype for p in self.generator.parameters()), torch.float32)
-                z = self._latents(2, Stream.SAMPLE, 0, dtype=dtype)
-                x = _call("generator", self.generator, z, labels, f"latents {_shape(z)}")
-                what = f"the generator's output {_shape(x)}"
-                with torch.enable_grad():
-                    logits = _call("discriminator", self.discriminator, x, labels, what)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-                for module, mode in training.items():
-                    module.training = mode
-        if x.ndim < 2 or len(x) != 2:
-            raise InputError(f"generator: gave {_shape(x)} for 2 latents, expected [2, ...]")
-        if logits.ndim < 1 or len(logits) != 2:
-            raise InputError(f"discriminator: gave {_shape(logits)} for 2 samples, expected [2] or [2, ...]")
+        labels = torch.zeros(len(x), dtype=torch.int64, device=self.device) if self.n_classes else None
+        source = "the generator's output" if self.generator is not None else "samples"
+        try:
+            with _in_evaluation(self.discriminator, self.device):
+                logits = _call("discriminator", self.discriminator, x, labels, f"{source} {_shape(x)}")
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if logits.ndim < 1 or len(logits) * self.packed != len(x):
+            n = len(x) // self.packed
+            raise InputError(f"discriminator: gave {_shape(logits)} for {len(x)} samples, expected [{n}] or [{n}, ...]")
         for module, outs in ends.items():
             if outs[-1].data_ptr() == logits.data_ptr() and outs[-1].numel() == logits.numel():
                 if len(outs) > 1:
@@ -191,9 +227,14 @@ class Engine:
             warnings.warn(
                 "the discriminator ends in torch.sigmoid, and its probabilities are taken for logits: return the "
                 "logits, or end in nn.Sigmoid, which is recognised",
-                stacklevel=3,
+                stacklevel=4,
             )
-        return tuple(x.shape[1:])
+        self.sample_shape = tuple(x.shape[1:])
+
+    def _the_generator(self, what: str) -> nn.Module:
+        if self.generator is None:
+            raise InputError(f"{what}: the engine has no generator")
+        return self.generator
 
     def _warn_of_mixed_rows(self) -> None:
         if self.penalties:
@@ -205,6 +246,36 @@ class Engine:
                         stacklevel=3,
                     )
                     return
+
+    def _plans(self) -> Planner:
+        """What makes plans, set up when first needed: without a generator the samples' shape is known only then."""
+        if self._planner is None:
+            updaters = [u for u in (self._g, self._d) if u is not None]
+            obstacle = next((u.obstacle for u in updaters if u.obstacle is not None), None)
+            if self.n_classes:
+                obstacle = "conditional networks take labels beside their input"
+            if self.precision in ("tf32", "fp16"):
+                obstacle = f"closed forms run in fp32, fp64 and bf16, not in {self.precision}"
+            if not self._closed_form:
+                obstacle = "closed_form is False"
+            self._planner = Planner(
+                self.generator,
+                self.discriminator,
+                loss=self.loss,
+                arenas=[u.arena for u in updaters if u.arena is not None],
+                obstacle=obstacle,
+                device=self.device,
+                dtype=self.dtype,
+                reduced=self._arithmetic.dtype(self.dtype),
+                metrics=self._measured,
+                example=Example(
+                    lambda n: self._latents(n, Stream.SAMPLE, 0),
+                    lambda n: torch.zeros(n, *(self.sample_shape or ()), dtype=self.dtype, device=self.device),
+                    logits=self._sigmoid is not None,
+                ),
+                packed=self.packed,
+            )
+        return self._planner
 
     # ---- noise and inputs
 
@@ -230,24 +301,32 @@ class Engine:
         expected = (batch, self.latent) if isinstance(self.latent, int) else (batch, *z.shape[1:])
         if tuple(z.shape) != expected:
             raise InputError(f"{what} has shape {_shape(z)}, expected {list(expected)}")
-        return z.to(self.device, self.dtype if z.is_floating_point() else None)
+        return z.detach().to(self.device, self.dtype if z.is_floating_point() else None)
 
     def _given(self, what: str, x: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
         if x is None:
             return None
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+            raise InputError(f"{what}: is {got}, expected a tensor of floating point")
         if tuple(x.shape) != shape:
             raise InputError(f"{what}: has shape {_shape(x)}, expected {list(shape)}")
-        return x.to(self.device, self.dtype)
+        return x.detach().to(self.device, self.dtype)
 
     def _real(self, what: str, real: torch.Tensor) -> torch.Tensor:
+        if self.sample_shape is None and isinstance(real, torch.Tensor) and real.ndim > 1 and len(real):
+            self._probe(real.to(self.device, self.dtype)[:1].repeat(2 * self.packed, *[1] * (real.ndim - 1)))
+            self._autograd.sigmoid = self._sigmoid
         if not isinstance(real, torch.Tensor) or tuple(real.shape[1:]) != self.sample_shape or not len(real):
             got = _shape(real) if isinstance(real, torch.Tensor) else type(real).__name__
-            raise InputError(
-                f"{what}: real is {got}, but the generator makes [B, {', '.join(map(str, self.sample_shape))}]"
-            )
+            shape = ", ".join(map(str, self.sample_shape or ("...",)))
+            makes = "the generator makes" if self.generator is not None else "the engine was first given"
+            raise InputError(f"{what}: real is {got}, but {makes} [B, {shape}]")
         if not real.is_floating_point():
             raise InputError(f"{what}: real has dtype {real.dtype}, expected floating point")
-        return real.to(self.device, self.dtype)
+        if len(real) % self.packed:
+            raise InputError(f"{what}: real has {len(real)} rows, expected a multiple of pac = {self.packed}")
+        return real.detach().to(self.device, self.dtype)
 
     def _labels(self, what: str, labels: torch.Tensor | None, batch: int) -> torch.Tensor | None:
         if not self.n_classes:
@@ -268,20 +347,28 @@ class Engine:
 
     # ---- training
 
-    def step(self, real: torch.Tensor | Iterator[Batch], labels: torch.Tensor | None = None) -> None:
+    def step(
+        self,
+        real: torch.Tensor | Iterator[Batch],
+        labels: torch.Tensor | None = None,
+        *,
+        fake: torch.Tensor | None = None,
+    ) -> None:
         """One iteration: ``n_critic`` discriminator updates and one generator update.
 
         Args:
             real: ``[n_critic * B, ...]``, taken in order, or a feed: an iterator of ``[B, ...]`` tensors or
                 of ``(tensor, labels)`` pairs, from which ``n_critic`` batches are taken.
             labels: ``[n_critic * B]`` integers for conditional networks, where ``real`` is a tensor.
+            fake: of ``real``'s shape, where there is no generator.
 
         Raises:
             InputError: a shape, dtype or number of rows does not fit.
         """
         if isinstance(real, torch.Tensor):
-            if not len(real) or len(real) % self.n_critic:
-                raise InputError(f"step: real has {len(real)} rows, expected a multiple of n_critic = {self.n_critic}")
+            rows = len(real) if real.ndim else 0
+            if not rows or rows % self.n_critic:
+                raise InputError(f"step: real has {rows} rows, expected a multiple of n_critic = {self.n_critic}")
             parts = real.chunk(self.n_critic)
             batches: Iterator[Batch] = iter(
                 list(zip(parts, labels.chunk(self.n_critic), strict=True)) if labels is not None else parts
@@ -292,14 +379,18 @@ class Engine:
             raise InputError(
                 f"step: real is a {type(real).__name__}, expected a tensor or an iterator: wrap it in iter()"
             )
+        if fake is not None and (not isinstance(real, torch.Tensor) or fake.shape != real.shape):
+            raise InputError(f"step: fake is {_shape(fake)}, expected the shape of real, which must be a tensor")
+        fakes = iter(fake.chunk(self.n_critic) if fake is not None else ())
         for _ in range(self.n_critic):
             batch = next(batches, None)
             if batch is None:
                 raise InputError(f"step: the feed ended; an iteration takes n_critic = {self.n_critic} batches")
             x, *rest = batch if isinstance(batch, tuple | list) else (batch,)
             y = rest[0] if rest and self.n_classes else None
-            self.d_step(x, labels=y)
-        self.g_step(real=x if self.loss.compares else None, labels=y)
+            self.d_step(x, labels=y, fake=next(fakes, None))
+        if self.generator is not None:
+            self.g_step(real=x if self.loss.compares else None, labels=y)
 
     def d_step(
         self,
@@ -309,54 +400,139 @@ class Engine:
         delta: torch.Tensor | None = None,
         *,
         labels: torch.Tensor | None = None,
+        fake: torch.Tensor | None = None,
     ) -> None:
         """One discriminator update, and one more for each lazy penalty that is due.
 
         Args:
             real: ``[B, ...]``, floating point, of the generator's output shape.
             z: latents ``[B, latent]``; drawn where not given.
-            alpha: weight of the real sample in each interpolation, ``[B]`` in ``[0, 1]``; drawn where not given.
+            alpha: weight of the real sample in each interpolation, ``[B]`` in ``[0, 1]`` (``[B / pac]`` where samples
+                are packed); drawn where not given.
             delta: standard normal perturbation of DRAGAN, of ``real``'s shape; drawn where not given.
             labels: ``[B]`` integers for conditional networks; fakes are made for the same labels.
+            fake: of ``real``'s shape, instead of the generator's samples.
 
         Raises:
             InputError: a shape or dtype does not fit.
         """
+        _check_mode("d_step")
         real = self._real("d_step", real)
-        batch = self.batch = len(real)
+        batch, shape = len(real), tuple(real.shape)
         labels = self._labels("d_step", labels, batch)
-        alpha = self._given("d_step: alpha", alpha, (batch,))
-        delta = self._given("d_step: delta", delta, tuple(real.shape))
-        step = self._d_count if isinstance(self.latent, int) else self.d_updates
-        z = self._latents(batch, Stream.D_LATENT, step) if z is None else self._given_latents("d_step: z", z, batch)
-        with torch.no_grad(), self._reduced():
-            fake = self.generator(*_with(z, labels)).to(self.dtype)
-        for phase in self.phases:
-            if phase.player == "discriminator" and self.d_updates % phase.every == 0:
-                self._discriminator_update(phase, _Points(self, real, fake, labels, alpha, delta))
+        alpha = self._given("d_step: alpha", alpha, (batch // self.packed,))
+        delta = self._given("d_step: delta", delta, shape)
+        fake = self._given("d_step: fake", fake, shape)
+        if z is not None:
+            z = self._given_latents("d_step: z", z, batch)
+        if fake is None:
+            if self.generator is None:
+                raise InputError("d_step: the engine has no generator: give fake")
+        elif z is not None:
+            raise InputError("d_step: both z and fake were given, expected one of them")
+        self.batch = batch
+        self._attach()
+        due = [p for p in self.phases if p.player == "discriminator" and self.d_updates % p.every == 0]
+        planner = self._plans()
+        planner.refresh()
+        plans = [self._plan_or_say(planner, phase, batch) for phase in due]
+        samples = Samples(real, self._fakes(fake, z, labels, batch, plans), labels, alpha, delta)
+        self._draw(samples, due, plans)
+        for plan in plans:
+            if plan is not None:
+                self._load(plan, samples)
+        if any(plans) and not all(plans):  # a plan may work in the memory where the fakes are
+            samples.fake = samples.fake.to(self.dtype, copy=True)
+        for phase, plan in zip(due, plans, strict=True):
+            if plan is not None:
+                self._run(plan)
+                self._d.step(plan.active(self._d.params))
+                continue
+            points = Points(self._autograd, samples, bool(self.penalties))
+            grads = self._autograd.discriminator_gradients(phase, points, self._d.params, self._measured)
+            self._d.apply(grads)
+            if self.precision == "fp16" and phase.adversarial:
+                self._adapt_scale(self._d.grad_norm)
         self.d_updates += 1
         self.images += batch
         self._d_count.add_(1)
         self._image_count.add_(batch)
 
-    def _discriminator_update(self, phase: Phase, points: _Points) -> None:
-        adversarial = penalty = None
-        if phase.adversarial:
-            with self._reduced():
-                r, f = points.logits("real"), points.logits("fake")
-            adversarial = self.loss.discriminator(r, f).mean()
-            self._measure(d_loss=adversarial, d_real=r.mean(), d_fake=f.mean())
-        if phase.penalties:
-            points = points if self._is_full else points.fresh()  # logits are shared where their precision allows
-            with self._full():
-                penalty = torch.stack([p.rows(points.gradient(p)).mean() for p in phase.penalties]).sum()
-            self._penalty[phase.every].copy_(penalty.detach())
-            penalty = penalty * phase.every if phase.every > 1 else penalty
-        self._apply(self._d, adversarial, penalty, self._d_count)
-        if self.loss.clip is not None:
-            with torch.no_grad():
-                for p in self._d.params:
-                    p.clamp_(-self.loss.clip, self.loss.clip)
+    def _plan_or_say(self, planner: Planner, phase: Phase, batch: int) -> Plan | None:
+        """The phase's plan; why there is none is logged, once."""
+        found = planner.find(phase, batch)
+        if isinstance(found, Plan):
+            return found
+        if phase not in self._said and self._closed_form:
+            what = " and ".join([self.loss.name] * phase.adversarial + [p.name for p in phase.penalties])
+            _LOG.warning("fastgan: the %s's update (%s) runs through autograd: %s", phase.player, what, found)
+        self._said.add(phase)
+        return None
+
+    def _attach(self) -> None:
+        """Take in again parameters whose memory the user has replaced, before anything reads them."""
+        for updater in (self._g, self._d):
+            if updater is not None:
+                updater.attach()
+
+    def _fakes(
+        self, fake: torch.Tensor | None, z: torch.Tensor | None, labels: torch.Tensor | None, batch: int,
+        plans: Sequence[Plan | None],
+    ) -> torch.Tensor:  # fmt: skip
+        """The given fakes, or those of the generator; where possible made in the place where the first plan reads."""
+        if fake is not None:
+            return fake
+        first = plans[0] if plans else None
+        forward = self._plans().fakes(first, batch) if first is not None else None
+        step = self._d_count if isinstance(self.latent, int) else self.d_updates
+        if forward is None or first is None:
+            z = self._latents(batch, Stream.D_LATENT, step) if z is None else z
+            return self._autograd.fakes(z, labels)
+        self._load_latents(forward.inputs["z"], z, Stream.D_LATENT, step)
+        self._run(forward)
+        return first.inputs["fake"].view(batch, *(self.sample_shape or ()))
+
+    def _load_latents(
+        self, place: torch.Tensor, z: torch.Tensor | None, stream: Stream, step: int | torch.Tensor
+    ) -> None:
+        if z is None and isinstance(self.latent, int) and place.dtype == self.dtype:
+            noise.normal(*place.shape, seed=self.seed, stream=stream, step=step, device=self.device, dtype=self.dtype,
+                         out=place)  # fmt: skip
+            return
+        z = self._latents(len(place), stream, step) if z is None else z
+        if z.shape != place.shape:
+            raise InputError(f"z has shape {_shape(z)}, expected {_shape(place)}")
+        place.copy_(z)
+
+    def _draw(self, samples: Samples, due: Sequence[Phase], plans: Sequence[Plan | None]) -> None:
+        """Noise that penalties need and that was not given; into the first plan that takes it."""
+        places = {penalty.place for phase in due for penalty in phase.penalties}
+        keyed: Any = {"seed": self.seed, "step": self._d_count, "device": self.device, "dtype": self.dtype}
+        real = samples.real
+        if "interpolated" in places and samples.alpha is None:
+            samples.alpha = next((p.inputs["alpha"] for p in plans if p is not None and "alpha" in p.inputs), None)
+            out = None if samples.alpha is None else samples.alpha.view(-1, 1)
+            n = len(real) // self.packed
+            samples.alpha = noise.uniform(n, 1, stream=Stream.ALPHA, out=out, **keyed).view(-1)
+        if "perturbed" in places and samples.delta is None:
+            delta = next((p.inputs["delta"] for p in plans if p is not None and "delta" in p.inputs), None)
+            out = None if delta is None else delta.view(len(real), -1)
+            flat = noise.normal(len(real), real[0].numel(), stream=Stream.PERTURBATION, out=out, **keyed)
+            samples.delta = flat.view_as(real)
+
+    @staticmethod
+    def _load(plan: Plan, samples: Samples) -> None:
+        for name, place in plan.inputs.items():
+            value = getattr(samples, name.split()[0])
+            if value.data_ptr() != place.data_ptr() or value.dtype != place.dtype:
+                place.copy_(value.view(place.shape) if value.is_contiguous() else value.reshape(place.shape))
+
+    def _run(self, plan: Plan) -> None:
+        if self._arithmetic.is_set("highest"):
+            plan.run()
+            return
+        with self._arithmetic.matmul("highest"):
+            plan.run()
 
     def g_step(
         self,
@@ -373,60 +549,48 @@ class Engine:
             labels: ``[B]`` integers for conditional networks; drawn uniformly where not given.
 
         Raises:
-            InputError: a shape or dtype does not fit, or the batch size is not known yet.
+            InputError: a shape or dtype does not fit, the batch size is not known yet, or there is no generator.
         """
+        _check_mode("g_step")
+        self._the_generator("g_step")
+        assert self._g is not None
         batch = len(real) if real is not None else len(z) if z is not None else self.batch
         if not batch:
             raise InputError("g_step: the batch size is not known: give z, or call d_step first")
+        if batch % self.packed:
+            raise InputError(f"g_step: z has {batch} rows, expected a multiple of pac = {self.packed}")
         step = self._g_count if isinstance(self.latent, int) else self.g_updates
-        z = self._latents(batch, Stream.G_LATENT, step) if z is None else self._given_latents("g_step: z", z, batch)
+        if z is not None:
+            z = self._given_latents("g_step: z", z, batch)
         if self.n_classes and labels is None and not self.loss.compares:
             labels = noise.integers(
                 batch, self.n_classes, seed=self.seed, stream=Stream.G_LABELS, step=self._g_count, device=self.device
             )
         labels = self._labels("g_step", labels, batch)
-        r = None
         if self.loss.compares:
             if real is None:
                 raise InputError(f"g_step: the {self.loss.name} loss compares with real samples: give real")
-            with torch.no_grad(), self._reduced():
-                r = self._critic(self._real("g_step", real), labels)
-        with self._reduced():
-            fake = self.generator(*_with(z, labels))
-            f = self._critic(fake, labels)
-        loss = self.loss.generator(f, r).mean()
-        self._apply(self._g, loss, None, self._g_count)
-        self._measure(g_loss=loss)
+            real = self._real("g_step", real)
+        else:
+            real = None
+        self._attach()
+        planner = self._plans()
+        planner.refresh()
+        plan = self._plan_or_say(planner, self.phases[-1], batch)
+        if plan is not None:
+            self._load_latents(plan.inputs["z"], z, Stream.G_LATENT, step)
+            if real is not None:
+                plan.inputs["real"].copy_(real.reshape(plan.inputs["real"].shape))
+            self._run(plan)
+            self._g.step(plan.active(self._g.params))
+        else:
+            z = self._latents(batch, Stream.G_LATENT, step) if z is None else z
+            grads = self._autograd.generator_gradients(z, real, labels, self._g.params, self._measured["g_loss"])
+            self._g.apply(grads)
+            if self.precision == "fp16":
+                self._adapt_scale(self._g.grad_norm)
         self.g_updates += 1
         self._g_count.add_(1)
-        if self.ema is not None and self.generator_ema is not None:
-            weight = self.ema.weight(self._image_count, self._image_count - self._averaged)
-            averaging.update(self.generator_ema, self.generator, weight)
-            self._averaged.copy_(self._image_count)
-
-    def _apply(
-        self, updater: Updater, adversarial: torch.Tensor | None, penalty: torch.Tensor | None, update: torch.Tensor
-    ) -> None:
-        """Differentiate and update: in full precision the sum at once, otherwise each part in its own precision."""
-        if self._is_full:
-            terms = [term for term in (adversarial, penalty) if term is not None]
-            parts = [(terms[0] if len(terms) == 1 else terms[0] + terms[1], False)]
-        else:
-            parts = [(term, i == 0) for i, term in enumerate((adversarial, penalty)) if term is not None]
-        for p in updater.params:
-            p.grad = None  # its memory, still in the cache, takes the new gradient
-        total: list[torch.Tensor | None] = [None] * len(updater.params)
-        for value, reduced in parts:
-            scale = self._scale if reduced and self.precision == "fp16" else None
-            with self._matmul("high" if reduced and self.precision == "tf32" else "highest"):
-                grads = torch.autograd.grad(value, updater.params, scale, allow_unused=True)
-            for i, (g, before) in enumerate(zip(grads, total, strict=True)):
-                if g is not None:
-                    g = g if scale is None else g / scale
-                    total[i] = g if before is None else before + g
-        updater.apply(total, update)
-        if self.precision == "fp16" and adversarial is not None:
-            self._adapt_scale(updater.grad_norm)
 
     @torch.no_grad()
     def _adapt_scale(self, grad_norm: torch.Tensor) -> None:
@@ -435,56 +599,6 @@ class Engine:
         grow = self._good_steps >= _SCALE_GROWTH_INTERVAL
         self._scale.mul_(torch.where(good, torch.where(grow, 2.0, 1.0), 0.5)).clamp_(min=_SCALE_LEAST)
         self._good_steps.mul_(~grow)
-
-    @torch.no_grad()
-    def _measure(self, **values: torch.Tensor) -> None:
-        for name, value in values.items():
-            self._metrics[_METRICS.index(name)].copy_(value)
-
-    # ---- precision
-
-    @property
-    def _is_full(self) -> bool:
-        return self.precision in ("fp32", "fp64")
-
-    @contextlib.contextmanager
-    def _matmul(self, kind: str) -> Iterator[None]:
-        """fp32 products with TF32 (``high``) or without (``highest``)."""
-        if not self._sets_precision:
-            yield
-            return
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(kind)
-        on_gpu = self.device.type == "cuda"
-        try:
-            with torch.backends.cudnn.flags(allow_tf32=kind == "high") if on_gpu else contextlib.nullcontext():
-                yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-    @contextlib.contextmanager
-    def _reduced(self) -> Iterator[None]:
-        """The precision of everything but penalties."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        cast = torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
-        with self._matmul("high" if self.precision == "tf32" else "highest"), cast:
-            yield
-
-    @contextlib.contextmanager
-    def _full(self) -> Iterator[None]:
-        """The precision of penalties: that of the parameters."""
-        with self._matmul("highest"), torch.autocast(self.device.type, enabled=False):
-            yield
-
-    def _critic(self, x: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """Logits, in the parameters' precision: the input of the final sigmoid where there is one."""
-        hook = self._sigmoid.register_forward_hook(lambda m, args, out: args[0]) if self._sigmoid else None
-        try:
-            logits: torch.Tensor = self.discriminator(*_with(x, labels))
-        finally:
-            if hook is not None:
-                hook.remove()
-        return logits.to(self.dtype)
 
     # ---- what came of it
 
@@ -497,10 +611,12 @@ class Engine:
             ``d_grad_norm`` and ``g_grad_norm`` (of the last gradients, penalties included), and ``skipped_steps``
             (updates left out since the start because a gradient was not finite). NaN where nothing was measured yet.
         """
-        skipped = (self._d.skipped + self._g.skipped).to(self.dtype)
-        nan = torch.full_like(skipped, math.nan)
+        skipped = self._d.skipped.to(self.dtype)
+        g_norm = nan = torch.full_like(skipped, math.nan)
+        if self._g is not None:
+            skipped, g_norm = skipped + self._g.skipped, self._g.grad_norm
         penalty = torch.stack(list(self._penalty.values()) or [nan]).sum()
-        values = torch.stack([*self._metrics, penalty, self._d.grad_norm, self._g.grad_norm, skipped]).tolist()
+        values = torch.stack([*self._metrics, penalty, self._d.grad_norm, g_norm, skipped]).tolist()
         names = (*_METRICS, "penalty", "d_grad_norm", "g_grad_norm", "skipped_steps")
         return dict(zip(names, values, strict=True))
 
@@ -522,7 +638,8 @@ class Engine:
             labels: ``[n]`` integers for conditional networks; drawn uniformly where not given.
             latents: ``[n, latent]`` instead of drawn ones.
         """
-        network = self.generator_ema if ema and self.generator_ema is not None else self.generator
+        network = self._the_generator("sample")
+        network = self.generator_ema if ema and self.generator_ema is not None else network
         step = 0
         if seed is None:
             self.samples += 1
@@ -534,7 +651,7 @@ class Engine:
         labels = self._labels("sample", labels, n)
         latents = None if latents is None else self._given_latents("sample: latents", latents, n)
         training = {m: m.training for m in network.modules()}
-        out = torch.empty((n, *self.sample_shape), device=self.device, dtype=self.dtype)
+        out = torch.empty((n, *(self.sample_shape or ())), device=self.device, dtype=self.dtype)
         network.eval()
         try:
             for i in range(0, n, 256):
@@ -543,7 +660,7 @@ class Engine:
                     z = self._latents(rows, Stream.SAMPLE, step, first_row=i, seed=seed)
                 else:
                     z = latents[i : i + rows]
-                with self._reduced():
+                with self._arithmetic.reduced():
                     out[i : i + rows] = network(*_with(z, None if labels is None else labels[i : i + rows]))
         finally:
             for module, mode in training.items():
@@ -551,47 +668,109 @@ class Engine:
         return out
 
     def explain(self) -> str:
-        """What each phase does and on which path; for what is not as asked or as usual, the reason."""
+        """What each phase does, on which path and at what cost; for every fast path not taken, the reason.
+
+        Costs are those of one update at the batch size of the last one (64 before the first), without the optimiser;
+        bytes are what each kernel reads and writes, wherever it lies.
+        """
+        _check_mode("explain")
         lines = [f"{self.precision} on {self.device}, {self.loss.name} loss"]
+        batch = self.batch or 64 * self.packed
         for phase in self.phases:
             terms = [self.loss.name] * phase.adversarial + [repr(p) for p in phase.penalties]
             how_often = f"{self.n_critic}x per iteration" if phase.player == "discriminator" else "once per iteration"
             if phase.every > 1:
                 how_often = f"after every {phase.every}th update, times {phase.every}"
-            lines.append(f"{phase.player}: {' + '.join(terms)} ({how_often}): autograd, PyTorch ops")
+            lines.append(f"{phase.player}: {' + '.join(terms)} ({how_often}): {self._path(phase, batch)}")
+        fakes = self._fakes_path(batch)
+        if fakes is not None:
+            lines.append(f"fakes of the discriminator's updates: {fakes}")
         notes = []
         if self._sigmoid is not None:
             notes.append("the discriminator ends in Sigmoid: it is trained on that layer's input, the logits")
-        if not self._sets_precision:
+        if not self._arithmetic.settable:
             notes.append("torch.backends...fp32_precision is set: float32 products run as it says, penalties included")
         if self.loss.clip is not None:
             notes.append(f"discriminator parameters are clamped to +-{self.loss.clip} after each update")
         if any(p.every > 1 for p in self.phases):
-            if self._d.own:
-                group = self._d.optimizer.param_groups[0]
+            if self._d.rule is not None:
                 notes.append(f"lazy penalties: the discriminator's Adam runs with lr x {self._d.lazy:.4g} and betas "
-                             f"{tuple(round(b, 6) for b in group['betas'])}")  # fmt: skip
+                             f"{tuple(round(b, 6) for b in self._d.rule.betas)}")  # fmt: skip
             else:
                 notes.append("lazy penalties: d_optimizer is yours, its lr and betas are left as they are")
         if self.precision in ("bf16", "fp16", "tf32") and self.penalties:
             notes.append("penalties run in fp32, on a forward pass of their own")
         for updater, name in ((self._d, "d_optimizer"), (self._g, "g_optimizer")):
-            if not updater.own and updater.fused:
+            if updater is None:
+                continue
+            if updater.own and updater.optimizer is not None:
+                notes.append(f"{name}: {updater.obstacle}: torch's fused {type(updater.optimizer).__name__} runs")
+            elif not updater.own and updater.fused:
                 notes.append(f"{name}: your {type(updater.optimizer).__name__} runs with torch's fused kernels")
             elif not updater.own:
                 notes.append(f"{name}: {type(updater.optimizer).__name__} has no guard against non-finite gradients "
                              "of its own: parameters and state are copied before each update")  # fmt: skip
         return "\n".join([*lines, *(f"note: {note}" for note in notes)])
 
+    def _path(self, phase: Phase, batch: int) -> str:
+        """How a phase runs, and what that costs."""
+        if self.sample_shape is None:
+            return "not known before the first batch"
+        self._plans().refresh()
+        plan = self._plans().find(phase, batch)
+        with self._as_it_was():
+            through = costs.measured(lambda: self._differentiate_once(phase, batch))
+            cost = costs.of_plan(plan) if isinstance(plan, Plan) else None
+        if not isinstance(plan, Plan):
+            return f"autograd, PyTorch ops\n  why: {plan}\n  cost at batch {batch}: {through}"
+        buffers = sum(t.nbytes for t in plan.buffers) / 2**20
+        return (
+            f"closed form\n  cost at batch {batch}: {cost}; {buffers:.1f} MiB of buffers\n  through autograd: {through}"
+        )
+
+    @contextlib.contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """Buffers of the networks, gradients, figures and torch's random state are as before afterwards."""
+        tensors = [b for n in (self.generator, self.discriminator) if n is not None for b in n.buffers()]
+        tensors += [u.arena.grad for u in (self._g, self._d) if u is not None and u.arena is not None]
+        tensors += self._measured.values()
+        kept = [(t, t.clone()) for t in tensors]
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            yield
+        with torch.no_grad():
+            for t, before in kept:
+                t.copy_(before)
+
+    def _fakes_path(self, batch: int) -> str | None:
+        """How the fakes of a discriminator's update are made where it is not as usual."""
+        first = self._plans().find(self.phases[0], batch) if self.sample_shape is not None else None
+        if self.generator is None or not isinstance(first, Plan):
+            return None
+        forward = self._plans().fakes(first, batch)
+        return f"the generator's own forward\n  why: {self._plans().why_no_fakes(batch)}" if forward is None else None
+
+    def _differentiate_once(self, phase: Phase, batch: int) -> None:
+        """A phase's gradients through autograd, for nothing."""
+        labels = torch.zeros(batch, dtype=torch.int64, device=self.device) if self.n_classes else None
+        real = torch.zeros(batch, *(self.sample_shape or ()), dtype=self.dtype, device=self.device)
+        if phase.player == "discriminator":
+            alpha = torch.zeros(batch // self.packed, dtype=self.dtype, device=self.device)
+            points = Points(self._autograd, Samples(real, real, labels, alpha, real), bool(self.penalties))
+            self._autograd.discriminator_gradients(phase, points, self._d.params, self._measured)
+        elif self._g is not None:
+            z = self._latents(batch, Stream.SAMPLE, 0)
+            compared = real if self.loss.compares else None
+            self._autograd.generator_gradients(z, compared, labels, self._g.params, self._measured["g_loss"])
+
     # ---- saving
 
     def state_dict(self) -> State:
         """Everything a later run needs to go on as if it had never stopped: nested dicts of tensors and numbers."""
         return {
-            "generator": dict(self.generator.state_dict()),
+            "generator": dict(self.generator.state_dict()) if self.generator is not None else None,
             "discriminator": dict(self.discriminator.state_dict()),
             "generator_ema": dict(self.generator_ema.state_dict()) if self.generator_ema is not None else None,
-            "g_optimizer": self._g.state_dict(),
+            "g_optimizer": self._g.state_dict() if self._g is not None else None,
             "d_optimizer": self._d.state_dict(),
             "counters": {key: getattr(self, key) for key in _COUNTERS},
             "averaged": self._averaged,
@@ -609,21 +788,25 @@ class Engine:
         Raises:
             InputError: the state is of other networks; names the first tensor that does not fit.
         """
-        networks = {"generator": self.generator, "discriminator": self.discriminator}
-        if self.generator_ema is not None:
-            networks["generator_ema"] = self.generator_ema
+        networks = {
+            name: network
+            for name in ("generator", "discriminator", "generator_ema")
+            if (network := getattr(self, name)) is not None
+        }
         for name, network in networks.items():
             source = "generator" if name == "generator_ema" and state.get(name) is None else name
             _check_fits(source, state.get(source), network)
         for name, network in networks.items():
             network.load_state_dict(state[name] if state.get(name) is not None else state["generator"])
-        self._g.load_state_dict(state["g_optimizer"])
+        if self._g is not None:
+            self._g.load_state_dict(state["g_optimizer"])
         self._d.load_state_dict(state["d_optimizer"])
         for key in _COUNTERS:
             setattr(self, key, int(state["counters"][key]))
         with torch.no_grad():
-            for count, value in zip(self._counters, (self.d_updates, self.g_updates, self.images), strict=False):
-                count.fill_(value)
+            self._d_count.fill_(self.d_updates)
+            self._g_count.fill_(self.g_updates)
+            self._image_count.fill_(self.images)
             self._averaged.copy_(state["averaged"])
             self._metrics.copy_(state["metrics"])
             for penalty, saved in zip(self._penalty.values(), state["penalty"], strict=False):
@@ -637,81 +820,11 @@ class Engine:
 
     @property
     def iterations(self) -> int:
-        """Iterations made: generator updates."""
-        return self.g_updates
+        """Iterations made."""
+        return self.g_updates if self.generator is not None else self.d_updates // self.n_critic
 
 
 _COUNTERS = ("d_updates", "g_updates", "images", "samples", "batch")
-
-
-class _Points:
-    """The samples of one discriminator update, their logits and their gradients, each made when first asked for."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        real: torch.Tensor,
-        fake: torch.Tensor,
-        labels: torch.Tensor | None,
-        alpha: torch.Tensor | None,
-        delta: torch.Tensor | None,
-    ) -> None:
-        self.engine, self.real, self.fake, self.labels, self.alpha, self.delta = (
-            engine,
-            real,
-            fake,
-            labels,
-            alpha,
-            delta,
-        )
-        self._x: dict[str, torch.Tensor] = {}
-        self._logits: dict[str, torch.Tensor] = {}
-        self._gradient: dict[str, torch.Tensor] = {}
-
-    def fresh(self) -> _Points:
-        """The same samples with nothing computed from them yet."""
-        return _Points(self.engine, self.real, self.fake, self.labels, self.alpha, self.delta)
-
-    def logits(self, place: Place) -> torch.Tensor:
-        """Logits of the real or the fake samples, ``[B, ...]``."""
-        return self._logits_at(place, self.real if place == "real" else self.fake)
-
-    def gradient(self, penalty: Penalty) -> torch.Tensor:
-        """Gradient of each sample's summed logits with respect to the sample, differentiable, ``[B, ...]``."""
-        key = f"perturbed by {penalty.noise}" if isinstance(penalty, Perturbing) else penalty.place
-        if key not in self._gradient:
-            logits = self._logits_at(key, self._samples(penalty))
-            (self._gradient[key],) = torch.autograd.grad(logits.sum(), self._x[key], create_graph=True)
-        return self._gradient[key]
-
-    def _logits_at(self, key: str, x: torch.Tensor) -> torch.Tensor:
-        if key not in self._logits:
-            self._x[key] = x.detach().requires_grad_(bool(self.engine.penalties))
-            self._logits[key] = self.engine._critic(self._x[key], self.labels)
-        return self._logits[key]
-
-    def _samples(self, penalty: Penalty) -> torch.Tensor:
-        engine, real = self.engine, self.real
-        keyed: Any = {"seed": engine.seed, "step": engine._d_count, "device": engine.device, "dtype": engine.dtype}
-        if penalty.place == "real":
-            return real
-        if penalty.place == "fake":
-            return self.fake
-        if penalty.place == "interpolated":
-            alpha = self.alpha
-            if alpha is None:
-                alpha = noise.uniform(len(real), 1, stream=Stream.ALPHA, **keyed)
-            alpha = alpha.view(-1, *[1] * (real.ndim - 1))
-            return alpha * real + (1 - alpha) * self.fake
-        if isinstance(penalty, Perturbing):
-            delta = self.delta
-            if delta is None:
-                delta = noise.normal(len(real), real[0].numel(), stream=Stream.PERTURBATION, **keyed).view_as(real)
-            return real + penalty.noise * delta
-        raise InputError(
-            f"penalty {penalty.name!r}: place is {penalty.place!r}, expected real, fake, interpolated, "
-            "or perturbed and an attribute noise"
-        )
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -728,13 +841,23 @@ def _device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def _old_precision_setting() -> bool:
-    """Whether torch.set_float32_matmul_precision may be used: torch refuses it once the newer setting has been."""
-    try:
-        torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return False
-    return True
+@contextlib.contextmanager
+def _in_evaluation(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode, with the modules' modes and the random state as before afterwards."""
+    training = {m: m.training for m in module.modules()}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            module.eval()
+            yield
+        finally:
+            for m, mode in training.items():
+                m.training = mode
+
+
+def _check_mode(what: str) -> None:
+    """Memory made in inference mode could never be written again outside."""
+    if torch.is_inference_mode_enabled():
+        raise InputError(f"{what}: was called under torch.inference_mode(), where nothing can be trained")
 
 
 def _shape(x: torch.Tensor) -> list[int]:

@@ -126,6 +126,8 @@ class Trainer:
         self.evaluation = evaluation or EvaluationSpec()
         self.outdir = Path(outdir)
         self.progress = progress
+        if engine.generator is None:
+            raise InputError("Trainer: the engine has no generator: call engine.step(real, fake=...) in your own loop")
         if not isinstance(batch, int) or batch < 1:
             raise InputError(f"Trainer: batch is {batch}, expected a whole number of at least 1")
         every_kimg = self.evaluation.every_kimg

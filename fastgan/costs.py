@@ -1,0 +1,91 @@
+"""What an update costs: counted from a plan's calls, or by watching what autograd runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from fastgan.plan import Plan
+
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+CONVOLUTIONS = {"aten::convolution", "aten::convolution_backward"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Per update, without the optimiser: matrix products, convolutions, kernel launches, FLOPs, bytes moved."""
+
+    products: int
+    convolutions: int
+    launches: int
+    flops: int
+    bytes: int
+
+    def __str__(self) -> str:
+        parts = [f"{self.products} matrix products"] if self.products else []
+        parts += [f"{self.convolutions} convolutions"] if self.convolutions else []
+        parts += [f"{self.launches} kernel launches", f"{_big(self.flops)}FLOP", f"{_big(self.bytes)}B"]
+        return ", ".join(parts)
+
+
+def of_plan(plan: Plan) -> Cost:
+    """Of a plan, which runs once: launches are the torch ops that its calls make, and one for each native call."""
+    program, native = plan.program, 0
+    with torch.no_grad(), _Watch() as seen:
+        for call in program.calls:
+            before = seen.launches
+            call()
+            native += seen.launches == before
+    return Cost(
+        products=program.kinds.count("product"),
+        convolutions=program.kinds.count("convolution"),
+        launches=seen.launches + native,
+        flops=program.flops,
+        bytes=program.bytes,
+    )
+
+
+def measured(run: Callable[[], object]) -> Cost:
+    """Of what ``run`` does in torch ops."""
+    with _Watch() as seen:
+        run()
+    return Cost(seen.products, seen.convolutions, seen.launches, seen.flops, seen.bytes)
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.products = self.convolutions = self.launches = self.flops = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        inputs = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        made = any(t.untyped_storage().data_ptr() not in inputs for t in outs)
+        if not made and not func._schema.is_mutable:  # a view
+            return out
+        self.launches += 1
+        self.bytes += sum(t.nbytes for t in tensors)
+        if func._overloadpacket in flop_registry:
+            self.flops += int(flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out))
+        self.products += name in PRODUCTS
+        if name == "aten::convolution_backward":
+            self.convolutions += sum(args[-1][:2])
+        self.convolutions += name == "aten::convolution"
+        return out
+
+
+def _big(n: int) -> str:
+    for unit in ("", "k", "M", "G"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000  # type: ignore[assignment]
+    return f"{n:.3g} T"

@@ -1,0 +1,200 @@
+"""Which phases run in closed form, and the plans they run: made when first needed, kept for the batch sizes in use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastgan import losses, plan
+from fastgan.arena import Arena
+from fastgan.network import Network
+from fastgan.phases import Phase
+from fastgan.plan import Plan, Setting
+from fastgan.reader import Signature, Unreadable, read
+
+Tensor = torch.Tensor
+
+_BATCH_SIZES = 3  # kept per phase
+
+
+@dataclass
+class Example:
+    """Inputs to read the networks with, made when needed.
+
+    Attributes:
+        latents, samples: ``batch -> tensor``.
+        logits: whether the discriminator's final sigmoid is left out.
+    """
+
+    latents: Callable[[int], Tensor]
+    samples: Callable[[int], Tensor]
+    logits: bool
+
+
+class Planner:
+    """Makes plans for an engine's phases.
+
+    Args:
+        generator: ``None`` where fakes are given.
+        discriminator: the other network.
+        loss: of both players.
+        arenas: the networks' parameters and gradients; those that have one.
+        obstacle: why nothing is planned, or ``None``.
+        reduced: the dtype of everything but penalties.
+        metrics: 0-dim tensors that updates write: ``d_loss``, ``d_real``, ``d_fake``, ``g_loss``, and by a phase's
+            interval the value of its penalties.
+        example: inputs.
+        packed: samples in a row of the discriminator.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module | None,
+        discriminator: nn.Module,
+        *,
+        loss: losses.Loss,
+        arenas: Sequence[Arena],
+        obstacle: str | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        reduced: torch.dtype,
+        metrics: Mapping[str | int, Tensor],
+        example: Example,
+        packed: int,
+    ) -> None:
+        self._modules = {"generator": generator, "discriminator": discriminator}
+        self._loss, self._arenas, self._obstacle, self._metrics = loss, arenas, obstacle, metrics
+        self._example, self._packed, self._dtype, self._reduced = example, packed, dtype, reduced
+        self._casts: list[Callable[[], object]] = []
+        self._low: dict[Tensor, Tensor] = {}
+        self._setting = Setting(device, dtype, reduced, self._operand, {})
+        self._networks: dict[str, Network | str] = {}
+        self._signatures: list[Signature] = []
+        self._seen: Any = None
+        self._plans: dict[tuple[Phase, int], Plan | str] = {}
+        self._fakes: dict[int, tuple[Plan, Plan]] = {}
+
+    def refresh(self) -> None:
+        """Read the networks where that has not been done, and again where the user has changed them."""
+        if self._obstacle is None and (not self._networks or self._seen != self._look()):
+            self._read()
+
+    def _look(self) -> list[Any]:
+        return [torch.get_num_threads(), *(signature() for signature in self._signatures)]
+
+    def find(self, phase: Phase, batch: int) -> Plan | str:
+        """The plan for a phase and a batch size, or why there is none; :meth:`refresh` comes first."""
+        if self._obstacle is not None:
+            return self._obstacle
+        key = (phase, batch)
+        if key not in self._plans:
+            kept = [k for k in self._plans if k[0] == phase]
+            for old in kept[: max(0, len(kept) - _BATCH_SIZES + 1)]:
+                del self._plans[old]
+            self._plans[key] = self._make(phase, batch)
+        return self._plans[key]
+
+    def fakes(self, update: Plan, batch: int) -> Plan | None:
+        """The generator's forward pass into that update's ``fake``; ``None`` where the generator is not readable."""
+        if batch in self._fakes and self._fakes[batch][0] is update:
+            return self._fakes[batch][1]
+        network = self._networks["generator"]
+        if isinstance(network, str) or "fake" not in update.inputs or self.why_no_fakes(batch) is not None:
+            return None
+        out = update.inputs["fake"].view(batch, *network.value_shape(len(network.layers)))
+        made = self._with_casts(lambda: plan.fakes(network, batch, self._setting, out))
+        for old in list(self._fakes)[: max(0, len(self._fakes) - _BATCH_SIZES + 1)]:
+            del self._fakes[old]
+        self._fakes[batch] = update, made
+        return made
+
+    def why_no_fakes(self, batch: int) -> str | None:
+        """Why the generator's forward pass has no plan."""
+        network = self._networks["generator"]
+        return network if isinstance(network, str) else plan.refusal(network, batch, self._setting, once=True)
+
+    # ---- making
+
+    @torch.no_grad()
+    def _read(self) -> None:
+        self._plans.clear()
+        self._fakes.clear()
+        self._networks, self._signatures = {}, []
+        pairs = [pair for arena in self._arenas for pair in zip(arena.params, arena.grads, strict=True)]
+        self._setting = replace(self._setting, gradients={p: g for p, g in pairs if p.requires_grad})
+        for name, module in self._modules.items():
+            if module is None:
+                self._networks[name] = "there is none"
+                continue
+            try:
+                if name == "generator":
+                    network = read(module, self._example.latents(2), what=name)
+                else:
+                    example = self._example.samples(2 * self._packed)
+                    network = read(module, example, what=name, logits=self._example.logits)
+            except Unreadable as e:
+                self._networks[name] = str(e)
+                network = Network([], (), modules=list(module.modules()))
+            else:
+                self._networks[name] = network
+            self._signatures.append(Signature(network))
+        self._seen = self._look()
+
+    def _make(self, phase: Phase, batch: int) -> Plan | str:
+        kind = plan.loss_kind(self._loss)
+        if phase.adversarial and kind is None:
+            return f"loss {self._loss.name!r} is your own: only the built-in ones have a known derivative"
+        critic, network = self._networks["discriminator"], self._networks["generator"]
+        if isinstance(critic, str):
+            return critic
+        trained = self._modules[phase.player]
+        if trained is not None and not any(p in self._setting.gradients for p in trained.parameters()):
+            return f"{phase.player}: nothing in it is trained"
+        if phase.player == "discriminator":
+            why = plan.refusal(critic, batch, self._setting, penalties=phase.penalties, adversarial=phase.adversarial)
+            if why is not None:
+                return f"discriminator: {why}"
+            metrics: dict[str, Tensor] = {k: v for k, v in self._metrics.items() if isinstance(k, str)}
+            if phase.penalties:
+                metrics["penalty"] = self._metrics[phase.every]
+            loss = kind if phase.adversarial else None
+            return self._with_casts(
+                lambda: plan.discriminator(critic, loss, phase.penalties, phase.every, batch, self._setting, metrics)
+            )
+        if isinstance(network, str):
+            return network
+        for name, one in (("generator", network), ("discriminator", critic)):
+            if (why := plan.refusal(one, batch, self._setting, once=one is network)) is not None:
+                return f"{name}: {why}"
+        assert kind is not None
+        compares, metric = self._loss.compares, {"g_loss": self._metrics["g_loss"]}
+        return self._with_casts(lambda: plan.generator(network, critic, kind, compares, batch, self._setting, metric))
+
+    def _with_casts(self, make: Callable[[], Plan]) -> Plan:
+        """The plan, with the calls before it that cast the parameters it uses."""
+        self._casts = []
+        made = make()
+        program = made.program
+        program.calls[:0] = self._casts
+        program.kinds[:0] = ["other"] * len(self._casts)
+        return made
+
+    def _operand(self, p: Tensor, dtype: torch.dtype) -> Tensor:
+        if p.dtype == dtype:
+            return p.detach()
+        for arena in self._arenas:
+            for q, low in zip(arena.params, arena.views_of(arena.low), strict=True):
+                if q is p:
+                    if arena.refresh not in self._casts:
+                        self._casts.append(arena.refresh)
+                    return low
+        if p not in self._low:
+            self._low[p] = torch.empty_like(p, dtype=dtype, requires_grad=False)
+        cast = partial(self._low[p].copy_, p.detach())
+        self._casts.append(cast)
+        return self._low[p]
