@@ -7,6 +7,7 @@ operands that carry a loss. All are sums over rows of closed forms; each is deri
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,36 +26,53 @@ aten = torch.ops.aten
 _NARROW = 8  # columns up to which a CPU's products are several times faster the other way round: bench_closed_form
 
 
-class Rule:
-    """What is the same for most layers; the methods add calls to the stack's program."""
+class Rule(ABC):
+    """What a layer adds to the program of a stack."""
 
-    def prepare(self, s: Stack, i: int, layer: Any, segment: int, rows: slice) -> None:
+    def prepare(self, s: Stack, i: int, layer: Any, segment: int, rows: slice) -> None:  # noqa: B027 - few have any
         """Noise and state of one segment."""
 
+    @abstractmethod
     def forward(self, s: Stack, i: int, layer: Any) -> None:
         """``a`` of the output, all rows."""
+
+    @abstractmethod
+    def transpose(self, s: Stack, i: int, layer: Any, position: int, rows: slice, at: slice) -> None:
+        """``J^T u`` for the input at ``position``; ``rows`` of the left operand, J as in rows ``at``."""
+
+    @abstractmethod
+    def tangent(self, s: Stack, i: int, layer: Any) -> None:
+        """``J r``."""
+
+    def curvature(self, s: Stack, i: int, layer: Any) -> None:  # noqa: B027 - only where a layer is curved
+        """Add the derivative of ``<u, J r>``."""
+
+    def gradients(  # noqa: B027 - only where there are parameters
+        self, s: Stack, i: int, layer: Any, weights: Tensor | None, loss_rows: int
+    ) -> None:
+        """Gradients of the parameters."""
+
+
+class LinearMap(Rule):
+    """A layer without parameters that is linear: it is its own Jacobian."""
+
+    def forward(self, s: Stack, i: int, layer: Any) -> None:
         self._apply(s, layer, s.value(layer.inputs[0]), s.value(i + 1))
 
     def transpose(self, s: Stack, i: int, layer: Any, position: int, rows: slice, at: slice) -> None:
-        """``J^T u`` for the input at ``position``; ``rows`` of the left operand, J as in rows ``at``."""
-        u, v = s.adjoint(i + 1, rows), layer.inputs[position]
-        s.contribute(v, rows, lambda dst: self._apply_transposed(s, layer, u, s.a[v][at], dst))
+        u = s.adjoint(i + 1, rows)
+        s.contribute(layer.inputs[position], rows, lambda dst: self._apply_transposed(s, layer, u, dst))
 
     def tangent(self, s: Stack, i: int, layer: Any) -> None:
-        """``J r``; by default J is the layer itself."""
         self._apply(s, layer, s.tangent(layer.inputs[0]), s.tangent(i + 1))
 
-    def curvature(self, s: Stack, i: int, layer: Any) -> None:
-        """Add the derivative of ``<u, J r>``, for layers that are curved."""
-
-    def gradients(self, s: Stack, i: int, layer: Any, weights: Tensor | None, loss_rows: int) -> None:
-        """Gradients of the parameters."""
-
+    @abstractmethod
     def _apply(self, s: Stack, layer: Any, x: Tensor, y: Tensor) -> None:
-        raise NotImplementedError
+        """``y = J x``."""
 
-    def _apply_transposed(self, s: Stack, layer: Any, u: Tensor, x: Tensor, dst: Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _apply_transposed(self, s: Stack, layer: Any, u: Tensor, dst: Tensor) -> None:
+        """``dst = J^T u``."""
 
 
 # ---- affine layers
@@ -162,19 +180,19 @@ class Affine(Rule):
             for k, rows in s.parts(at):
                 s.program.add(partial(y[rows].mul_, state.inverse[k]), y[rows], y[rows])
 
+    @abstractmethod
     def _product(
         self, s: Stack, layer: Any, x: Tensor, y: Tensor, then: Callable[[Tensor | None], Any] | None = None
     ) -> None:
         """``y = x W^T``; ``then`` makes the call that takes what lies in ``y`` to its place."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _product_back(self, s: Stack, layer: Any, u: Tensor, x: Tensor, dst: Tensor) -> None:
         """``dst = u W``, of the shape of x."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _weight_gradient(self, s: Stack, layer: Any, u: Tensor, x: Tensor, dst: Tensor) -> None:
         """``dst = u^T x``."""
-        raise NotImplementedError
 
 
 class LinearRule(Affine):
@@ -404,9 +422,8 @@ class DropoutRule(Rule):
         if i not in s.state:
             s.state[i] = s.new(s.rows, *layer.shape)
         noise = s.state[i][rows]
-        if layer.p < 1:
-            s.program.add(partial(noise.bernoulli_, 1 - layer.p), noise)
-            s.program.add(partial(noise.div_, 1 - layer.p), noise, noise)
+        s.program.add(partial(noise.bernoulli_, 1 - layer.p), noise)
+        s.program.add(partial(noise.div_, 1 - layer.p), noise, noise)
 
     def forward(self, s: Stack, i: int, layer: Any) -> None:
         self._times(s, s.value(layer.inputs[0]), s.state[i], s.value(i + 1))
@@ -425,7 +442,7 @@ class DropoutRule(Rule):
         s.program.add(partial(torch.mul, x, mask, out=y), x, mask, y)
 
 
-class ReshapeRule(Rule):
+class ReshapeRule(LinearMap):
     """The same numbers: nothing to do where the memory is shared."""
 
     def transpose(self, s: Stack, i: int, layer: Any, position: int, rows: slice, at: slice) -> None:
@@ -436,7 +453,7 @@ class ReshapeRule(Rule):
         if x.data_ptr() != y.data_ptr():
             s.program.add(partial(y.copy_, x.view(y.shape)), x, y)
 
-    def _apply_transposed(self, s: Stack, layer: Any, u: Tensor, x: Tensor, dst: Tensor) -> None:
+    def _apply_transposed(self, s: Stack, layer: Any, u: Tensor, dst: Tensor) -> None:
         s.program.add(partial(dst.copy_, u.view(dst.shape)), u, dst)
 
 
@@ -451,17 +468,19 @@ class AddRule(Rule):
         x, y = (s.tangent(v) for v in layer.inputs)
         self._add(s, x, y, s.tangent(i + 1))
 
-    def _add(self, s: Stack, x: Tensor, y: Tensor, out: Tensor) -> None:
-        s.program.add(partial(torch.add, x, y, out=out), x, y, out)
+    def transpose(self, s: Stack, i: int, layer: Any, position: int, rows: slice, at: slice) -> None:
+        u = s.adjoint(i + 1, rows)
+        s.contribute(layer.inputs[position], rows, lambda dst: s.program.add(partial(dst.copy_, u), u, dst))
 
-    def _apply_transposed(self, s: Stack, layer: Any, u: Tensor, x: Tensor, dst: Tensor) -> None:
-        s.program.add(partial(dst.copy_, u), u, dst)
+    @staticmethod
+    def _add(s: Stack, x: Tensor, y: Tensor, out: Tensor) -> None:
+        s.program.add(partial(torch.add, x, y, out=out), x, y, out)
 
 
 # ---- fixed linear maps of images
 
 
-class AveragePoolRule(Rule):
+class AveragePoolRule(LinearMap):
     """``avg_pool2d``."""
 
     @staticmethod
@@ -471,12 +490,12 @@ class AveragePoolRule(Rule):
     def _apply(self, s: Stack, layer: Any, x: Tensor, y: Tensor) -> None:
         s.program.add(partial(aten.avg_pool2d.out, x, *self._settings(layer), out=y), x, y)
 
-    def _apply_transposed(self, s: Stack, layer: Any, u: Tensor, x: Tensor, dst: Tensor) -> None:
-        settings = self._settings(layer)
-        s.program.add(partial(aten.avg_pool2d_backward.grad_input, u, x, *settings, grad_input=dst), u, dst)
+    def _apply_transposed(self, s: Stack, layer: Any, u: Tensor, dst: Tensor) -> None:
+        settings = self._settings(layer)  # of its input, torch's kernel reads the shape alone: dst has it too
+        s.program.add(partial(aten.avg_pool2d_backward.grad_input, u, dst, *settings, grad_input=dst), u, dst)
 
 
-class UpsampleRule(Rule):
+class UpsampleRule(LinearMap):
     """Nearest and bilinear."""
 
     def _apply(self, s: Stack, layer: Any, x: Tensor, y: Tensor) -> None:
@@ -487,7 +506,7 @@ class UpsampleRule(Rule):
             call = partial(aten.upsample_bilinear2d.out, x, size, layer.align_corners, *scales, out=y)
         s.program.add(call, x, y)
 
-    def _apply_transposed(self, s: Stack, layer: Any, u: Tensor, x: Tensor, dst: Tensor) -> None:
+    def _apply_transposed(self, s: Stack, layer: Any, u: Tensor, dst: Tensor) -> None:
         size, scales, shape = list(u.shape[2:]), layer.scales, list(dst.shape)
         if layer.mode == "nearest":
             call: Any = partial(aten.upsample_nearest2d_backward.grad_input, u, size, shape, *scales, grad_input=dst)
@@ -661,6 +680,9 @@ class BatchNormRule(Rule):
 
     def transpose(self, s: Stack, i: int, layer: Any, position: int, rows: slice, at: slice) -> None:
         s.contribute(layer.inputs[0], rows, lambda dst: self._back(s, i, layer, rows, at, dst))
+
+    def tangent(self, s: Stack, i: int, layer: Any) -> None:
+        raise RuntimeError(f"layer {layer.name!r}: plan.refusal keeps penalties away from batch norm")
 
     def gradients(self, s: Stack, i: int, layer: Any, weights: Tensor | None, loss_rows: int) -> None:
         trained = [p for p in layer.parameters if p in s.gradients]
