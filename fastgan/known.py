@@ -19,6 +19,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from fastgan.network import (
     Activation,
     Add,
+    Affine,
     AveragePool,
     BatchNorm,
     Convolution,
@@ -211,7 +212,7 @@ def keeps_state(layer: Layer) -> bool:
     """Whether each forward pass changes the layer's buffers."""
     if isinstance(layer, BatchNorm):
         return layer.module.training and layer.module.track_running_stats
-    return isinstance(layer, Linear | Convolution) and layer.spectral is not None and layer.spectral.iterations > 0
+    return isinstance(layer, Affine) and layer.spectral is not None and layer.spectral.iterations > 0
 
 
 MODULES: dict[type[nn.Module], Callable[[Any, Tensor], Found]] = {

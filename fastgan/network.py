@@ -54,13 +54,8 @@ class Layer:
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
-        """Its parameters, before spectral normalisation."""
-        return ()
-
-    @property
-    def affine(self) -> bool:
-        """Whether it multiplies by a parameter and adds another."""
-        return False
+        """Its weight and its bias, where it has them; the weight before spectral normalisation."""
+        return tuple(p for p in (getattr(self, "weight", None), getattr(self, "bias", None)) if p is not None)
 
     @property
     def curved(self) -> bool:
@@ -69,43 +64,29 @@ class Layer:
 
 
 @dataclass(eq=False, kw_only=True)
-class Linear(Layer):
-    """``x W^T + b`` over the last dimension; ``weight`` is the trained parameter, before spectral normalisation."""
+class Affine(Layer):
+    """A product with ``weight``, the trained parameter before spectral normalisation, and a sum with ``bias``."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     spectral: SpectralNorm | None = None
 
-    @property
-    def parameters(self) -> tuple[nn.Parameter, ...]:
-        return tuple(p for p in (self.weight, self.bias) if p is not None)
 
-    @property
-    def affine(self) -> bool:
-        return True
+@dataclass(eq=False, kw_only=True)
+class Linear(Affine):
+    """``x W^T + b`` over the last dimension."""
 
 
 @dataclass(eq=False, kw_only=True)
-class Convolution(Layer):
+class Convolution(Affine):
     """``Conv2d`` or, ``transposed``, ``ConvTranspose2d``, with zeros as padding."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     stride: Pair
     padding: Pair
     dilation: Pair
     output_padding: Pair
     groups: int
     transposed: bool
-    spectral: SpectralNorm | None = None
-
-    @property
-    def parameters(self) -> tuple[nn.Parameter, ...]:
-        return tuple(p for p in (self.weight, self.bias) if p is not None)
-
-    @property
-    def affine(self) -> bool:
-        return True
 
 
 @dataclass(eq=False, kw_only=True)
@@ -170,10 +151,6 @@ class Norm(Layer):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     affine_shape: Shape = ()
-
-    @property
-    def parameters(self) -> tuple[nn.Parameter, ...]:
-        return tuple(p for p in (self.weight, self.bias) if p is not None)
 
     @property
     def curved(self) -> bool:

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from fastgan import losses, rules, steps
-from fastgan.network import Activation, BatchNorm, Dropout, Layer, Linear, Network, Norm, Reshape
+from fastgan.network import Activation, Affine, BatchNorm, Dropout, Layer, Linear, Network, Norm, Reshape
 from fastgan.penalties import DRAGAN, R1, R2, GradientPenalty, Penalty
 from fastgan.stack import Interpolation, Program, Segment, Stack
 
@@ -120,7 +120,7 @@ def _runs_reduced(layer: Layer) -> bool:
         return False
     if isinstance(layer, Activation):
         return layer.kind in ("leaky-relu", "tanh", "sigmoid")
-    return getattr(layer, "spectral", None) is None
+    return not (isinstance(layer, Affine) and layer.spectral is not None)
 
 
 # ---- the discriminator
@@ -184,7 +184,7 @@ def _parts(
     What a network draws or iterates in each forward call would differ: such an update is not cut.
     """
     for layer in network.layers:
-        if isinstance(layer, BatchNorm | Dropout) or getattr(layer, "spectral", None) is not None:
+        if isinstance(layer, BatchNorm | Dropout) or (isinstance(layer, Affine) and layer.spectral is not None):
             return 1
     places = {_key(p) for p in penalties} | ({"real", "fake"} if loss is not None else set())
     values = sum(math.prod(la.shape) for la in network.layers if not isinstance(la, Activation | Reshape))
@@ -272,8 +272,6 @@ def _update(
     ones = slice(s.chain, s.left) if split else s.tail
     if places:
         program.add(partial(s.adjoint(out, ones).fill_, 1))
-    if split and s.chain > n_loss:
-        program.add(partial(s.adjoint(out, slice(n_loss, s.chain)).zero_))
     if split:
         rules.chain(s, ones, s.tail, below=True)
         _penalise(s, rows, places, every, metrics["penalty"])
@@ -302,7 +300,7 @@ def _starts_affine(network: Network) -> bool:
             if isinstance(layer, Reshape):
                 values.add(i + 1)
             else:
-                affine = affine and layer.affine
+                affine = affine and isinstance(layer, Affine)
     return affine and len(values) <= 2
 
 

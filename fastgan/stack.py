@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 
 from fastgan import steps
-from fastgan.network import Activation, AveragePool, Dropout, Layer, Network, Reshape
+from fastgan.network import Activation, Affine, AveragePool, Dropout, Layer, Network, Reshape
 from fastgan.steps import Call
 
 Tensor = torch.Tensor
@@ -151,7 +151,7 @@ class Stack:
         self.fused = {  # affine layer -> the activation that its output is overwritten with
             i: self.consumers[i + 1][0]
             for i in range(len(layers))
-            if layers[i].affine and self._is_overwritten(self.consumers[i + 1])
+            if isinstance(layers[i], Affine) and self._is_overwritten(self.consumers[i + 1])
         }
         self.upstream = [input_gradient]
         for layer in layers:
@@ -290,7 +290,7 @@ class Stack:
     def _tangents(self) -> list[bool]:
         needed = [False] * (len(self.network.layers) + 1)
         for i, layer in reversed(list(enumerate(self.network.layers))):
-            own = layer.affine or layer.curved
+            own = isinstance(layer, Affine) or layer.curved
             for v in layer.inputs:
                 needed[v] = needed[v] or own or needed[i + 1]
         return needed
@@ -328,7 +328,7 @@ class Stack:
         seen: set[int] = set()
         for layer in self.network.layers:
             v = layer.inputs[0]
-            if not layer.affine or self.root(v) in seen or not self._trains(layer):
+            if not isinstance(layer, Affine) or self.root(v) in seen or not self._trains(layer):
                 continue
             seen.add(self.root(v))
             r = self.tangent(v)
