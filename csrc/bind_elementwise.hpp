@@ -3,7 +3,7 @@
 
 namespace fastgan {
 
-// Adds elementwise.hpp's functions, each as name_f32 and name_f64; arrays are addresses.
+// Adds what elementwise.hpp and product.hpp have; arrays are addresses, and the first argument says whether of double.
 void bind_elementwise(pybind11::module_& m);
 
 }  // namespace fastgan

@@ -12,31 +12,31 @@ namespace {
 
 constexpr std::int64_t kGrain = 1 << 15;  // elements below which another thread does not pay: bench_closed_form
 constexpr std::int64_t kLanes = 16;       // partial sums that one vector register or two hold
-constexpr float kTanh[] = {-0.333333328f, 0.133332272f, -0.0539337492f, 0.0214724258f, -0.00694633368f};  // of x^3, x^5, ...: see tanh_of
+constexpr float kTanh[] = {-0.333333328f, 0.133332272f, -0.0539337492f, 0.0214724258f,
+                           -0.00694633368f};  // of x^3, x^5, ...: see tanh_of
+
+// As torch has them: of ReLU, -inf is 0 and not a number stays what it is.
+template <typename T>
+[[gnu::always_inline]] inline T leaky_relu(T z, T slope) {
+  return z < T(0) ? (slope == T(0) ? T(0) : z * slope) : z;
+}
 
 // Bodies are templates that the clones below take in, one set for each processor and type.
 template <typename T>
 [[gnu::always_inline]] inline void bias_act_body(const T* src, T* dst, const T* bias, std::int64_t begin,
-                                                 std::int64_t end, std::int64_t channels, std::int64_t inner,
-                                                 T slope) {
+                                                 std::int64_t end, std::int64_t channels, std::int64_t inner, T slope) {
   for (std::int64_t i = begin; i < end; ++i) {  // rows where inner is 1, else rows * channels
     const T* from = src + i * (inner == 1 ? channels : inner);
     T* to = dst + i * (inner == 1 ? channels : inner);
     if (inner == 1) {
       if (bias == nullptr) {
-        for (std::int64_t j = 0; j < channels; ++j) to[j] = from[j] > T(0) ? from[j] : from[j] * slope;
+        for (std::int64_t j = 0; j < channels; ++j) to[j] = leaky_relu(from[j], slope);
       } else {
-        for (std::int64_t j = 0; j < channels; ++j) {
-          const T z = from[j] + bias[j];
-          to[j] = z > T(0) ? z : z * slope;
-        }
+        for (std::int64_t j = 0; j < channels; ++j) to[j] = leaky_relu(from[j] + bias[j], slope);
       }
     } else {
       const T b = bias == nullptr ? T(0) : bias[i % channels];
-      for (std::int64_t j = 0; j < inner; ++j) {
-        const T z = from[j] + b;
-        to[j] = z > T(0) ? z : z * slope;
-      }
+      for (std::int64_t j = 0; j < inner; ++j) to[j] = leaky_relu(from[j] + b, slope);
     }
   }
 }
@@ -163,9 +163,8 @@ template <typename T>
 }
 
 template <typename T>
-[[gnu::always_inline]] inline void penalty_body(const T* g, T* dst, T* rows_value, std::int64_t begin,
-                                                std::int64_t end, std::int64_t cols, bool norm, T weight, T target,
-                                                T scale, bool add) {
+[[gnu::always_inline]] inline void penalty_body(const T* g, T* dst, T* rows_value, std::int64_t begin, std::int64_t end,
+                                                std::int64_t cols, bool norm, T weight, T target, T scale, bool add) {
   for (std::int64_t i = begin; i < end; ++i) {
     const T* from = g + i * cols;
     T* to = dst + i * cols;
@@ -192,38 +191,38 @@ template <typename T>
   }
 }
 
-#define FASTGAN_CLONES_OF(T)                                                                                           \
-  FASTGAN_CLONES void bias_act_part(const T* src, T* dst, const T* bias, std::int64_t begin, std::int64_t end,         \
-                                    std::int64_t channels, std::int64_t inner, T slope) {                              \
-    bias_act_body(src, dst, bias, begin, end, channels, inner, slope);                                                 \
-  }                                                                                                                    \
-  FASTGAN_CLONES void bias_tanh_part(const T* src, T* dst, const T* bias, std::int64_t begin, std::int64_t end,        \
-                                     std::int64_t channels, std::int64_t inner) {                                      \
-    bias_tanh_body(src, dst, bias, begin, end, channels, inner);                                                       \
-  }                                                                                                                    \
-  FASTGAN_CLONES void mask_mul_part(const T* src, T* dst, const T* out, std::int64_t begin, std::int64_t end,          \
-                                    T slope) {                                                                         \
-    mask_mul_body(src, dst, out, begin, end, slope);                                                                   \
-  }                                                                                                                    \
-  FASTGAN_CLONES void outer_mask_part(const T* seed, const T* weight, const T* out, T* dst, std::int64_t begin,        \
-                                      std::int64_t end, std::int64_t cols, T slope) {                                  \
-    outer_mask_body(seed, weight, out, dst, begin, end, cols, slope);                                                  \
-  }                                                                                                                    \
-  FASTGAN_CLONES void mix_part(const T* alpha, const T* a, const T* b, T* dst, std::int64_t begin, std::int64_t end,   \
-                               std::int64_t cols) {                                                                    \
-    mix_body(alpha, a, b, dst, begin, end, cols);                                                                      \
-  }                                                                                                                    \
-  FASTGAN_CLONES void scale_add_part(const T* scale, T* a, const T* r, std::int64_t begin, std::int64_t end,           \
-                                     std::int64_t cols) {                                                              \
-    scale_add_body(scale, a, r, begin, end, cols);                                                                     \
-  }                                                                                                                    \
-  FASTGAN_CLONES void channel_sum_part(const T* src, const T* weight, T* dst, std::int64_t begin, std::int64_t end,    \
-                                       std::int64_t rows, std::int64_t channels, std::int64_t inner) {                 \
-    channel_sum_body(src, weight, dst, begin, end, rows, channels, inner);                                             \
-  }                                                                                                                    \
-  FASTGAN_CLONES void penalty_part(const T* g, T* dst, T* rows_value, std::int64_t begin, std::int64_t end,            \
-                                   std::int64_t cols, bool norm, T weight, T target, T scale, bool add) {              \
-    penalty_body(g, dst, rows_value, begin, end, cols, norm, weight, target, scale, add);                              \
+#define FASTGAN_CLONES_OF(T)                                                                                         \
+  FASTGAN_CLONES void bias_act_part(const T* src, T* dst, const T* bias, std::int64_t begin, std::int64_t end,       \
+                                    std::int64_t channels, std::int64_t inner, T slope) {                            \
+    bias_act_body(src, dst, bias, begin, end, channels, inner, slope);                                               \
+  }                                                                                                                  \
+  FASTGAN_CLONES void bias_tanh_part(const T* src, T* dst, const T* bias, std::int64_t begin, std::int64_t end,      \
+                                     std::int64_t channels, std::int64_t inner) {                                    \
+    bias_tanh_body(src, dst, bias, begin, end, channels, inner);                                                     \
+  }                                                                                                                  \
+  FASTGAN_CLONES void mask_mul_part(const T* src, T* dst, const T* out, std::int64_t begin, std::int64_t end,        \
+                                    T slope) {                                                                       \
+    mask_mul_body(src, dst, out, begin, end, slope);                                                                 \
+  }                                                                                                                  \
+  FASTGAN_CLONES void outer_mask_part(const T* seed, const T* weight, const T* out, T* dst, std::int64_t begin,      \
+                                      std::int64_t end, std::int64_t cols, T slope) {                                \
+    outer_mask_body(seed, weight, out, dst, begin, end, cols, slope);                                                \
+  }                                                                                                                  \
+  FASTGAN_CLONES void mix_part(const T* alpha, const T* a, const T* b, T* dst, std::int64_t begin, std::int64_t end, \
+                               std::int64_t cols) {                                                                  \
+    mix_body(alpha, a, b, dst, begin, end, cols);                                                                    \
+  }                                                                                                                  \
+  FASTGAN_CLONES void scale_add_part(const T* scale, T* a, const T* r, std::int64_t begin, std::int64_t end,         \
+                                     std::int64_t cols) {                                                            \
+    scale_add_body(scale, a, r, begin, end, cols);                                                                   \
+  }                                                                                                                  \
+  FASTGAN_CLONES void channel_sum_part(const T* src, const T* weight, T* dst, std::int64_t begin, std::int64_t end,  \
+                                       std::int64_t rows, std::int64_t channels, std::int64_t inner) {               \
+    channel_sum_body(src, weight, dst, begin, end, rows, channels, inner);                                           \
+  }                                                                                                                  \
+  FASTGAN_CLONES void penalty_part(const T* g, T* dst, T* rows_value, std::int64_t begin, std::int64_t end,          \
+                                   std::int64_t cols, bool norm, T weight, T target, T scale, bool add) {            \
+    penalty_body(g, dst, rows_value, begin, end, cols, norm, weight, target, scale, add);                            \
   }
 
 FASTGAN_CLONES_OF(float)
@@ -322,14 +321,22 @@ void discriminator_loss(Loss kind, const T* real, const T* fake, T* real_scale, 
     T value = 0, dr = 0, df = 0;
     switch (kind) {
       case Loss::minimax:
-      case Loss::non_saturating: value = softplus(-r) + softplus(f), dr = -sigmoid(-r), df = sigmoid(f); break;
-      case Loss::wasserstein: value = f - r, dr = T(-1), df = T(1); break;
+      case Loss::non_saturating:
+        value = softplus(-r) + softplus(f), dr = -sigmoid(-r), df = sigmoid(f);
+        break;
+      case Loss::wasserstein:
+        value = f - r, dr = T(-1), df = T(1);
+        break;
       case Loss::hinge:
         value = std::max(T(1) - r, T(0)) + std::max(T(1) + f, T(0));
         dr = r < T(1) ? T(-1) : T(0), df = f > T(-1) ? T(1) : T(0);
         break;
-      case Loss::least_squares: value = ((r - 1) * (r - 1) + f * f) / 2, dr = r - 1, df = f; break;
-      case Loss::relativistic: value = softplus(f - r), df = sigmoid(f - r), dr = -df; break;
+      case Loss::least_squares:
+        value = ((r - 1) * (r - 1) + f * f) / 2, dr = r - 1, df = f;
+        break;
+      case Loss::relativistic:
+        value = softplus(f - r), df = sigmoid(f - r), dr = -df;
+        break;
     }
     real_scale[i] = dr * mean, fake_scale[i] = df * mean;
     sum += value, real_sum += r, fake_sum += f;
@@ -345,12 +352,22 @@ void generator_loss(Loss kind, const T* fake, const T* real, T* fake_scale, T* l
     const T f = fake[i];
     T value = 0, df = 0;
     switch (kind) {
-      case Loss::minimax: value = -softplus(f), df = -sigmoid(f); break;
-      case Loss::non_saturating: value = softplus(-f), df = -sigmoid(-f); break;
+      case Loss::minimax:
+        value = -softplus(f), df = -sigmoid(f);
+        break;
+      case Loss::non_saturating:
+        value = softplus(-f), df = -sigmoid(-f);
+        break;
       case Loss::wasserstein:
-      case Loss::hinge: value = -f, df = T(-1); break;
-      case Loss::least_squares: value = (f - 1) * (f - 1) / 2, df = f - 1; break;
-      case Loss::relativistic: value = softplus(real[i] - f), df = -sigmoid(real[i] - f); break;
+      case Loss::hinge:
+        value = -f, df = T(-1);
+        break;
+      case Loss::least_squares:
+        value = (f - 1) * (f - 1) / 2, df = f - 1;
+        break;
+      case Loss::relativistic:
+        value = softplus(real[i] - f), df = -sigmoid(real[i] - f);
+        break;
     }
     fake_scale[i] = df * mean;
     sum += value;
@@ -358,16 +375,16 @@ void generator_loss(Loss kind, const T* fake, const T* real, T* fake_scale, T* l
   *loss = static_cast<T>(sum / n);
 }
 
-#define FASTGAN_INSTANTIATE(T)                                                                                         \
-  template void bias_act(const T*, T*, const T*, std::int64_t, std::int64_t, std::int64_t, T, int);                    \
-  template void bias_tanh(const T*, T*, const T*, std::int64_t, std::int64_t, std::int64_t, int);                      \
-  template void mask_mul(const T*, T*, const T*, std::int64_t, T, int);                                                \
-  template void outer_mask(const T*, const T*, const T*, T*, std::int64_t, std::int64_t, T, int);                      \
-  template void mix(const T*, const T*, const T*, T*, std::int64_t, std::int64_t, int);                                \
-  template void scale_add(const T*, T*, const T*, std::int64_t, std::int64_t, int);                                    \
-  template void channel_sum(const T*, const T*, T*, std::int64_t, std::int64_t, std::int64_t, int);                    \
-  template void penalty(const T*, T*, T*, T*, std::int64_t, std::int64_t, bool, T, T, T, bool, int);                   \
-  template void discriminator_loss(Loss, const T*, const T*, T*, T*, T*, T*, T*, std::int64_t);                        \
+#define FASTGAN_INSTANTIATE(T)                                                                       \
+  template void bias_act(const T*, T*, const T*, std::int64_t, std::int64_t, std::int64_t, T, int);  \
+  template void bias_tanh(const T*, T*, const T*, std::int64_t, std::int64_t, std::int64_t, int);    \
+  template void mask_mul(const T*, T*, const T*, std::int64_t, T, int);                              \
+  template void outer_mask(const T*, const T*, const T*, T*, std::int64_t, std::int64_t, T, int);    \
+  template void mix(const T*, const T*, const T*, T*, std::int64_t, std::int64_t, int);              \
+  template void scale_add(const T*, T*, const T*, std::int64_t, std::int64_t, int);                  \
+  template void channel_sum(const T*, const T*, T*, std::int64_t, std::int64_t, std::int64_t, int);  \
+  template void penalty(const T*, T*, T*, T*, std::int64_t, std::int64_t, bool, T, T, T, bool, int); \
+  template void discriminator_loss(Loss, const T*, const T*, T*, T*, T*, T*, T*, std::int64_t);      \
   template void generator_loss(Loss, const T*, const T*, T*, T*, std::int64_t);
 
 FASTGAN_INSTANTIATE(float)

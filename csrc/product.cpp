@@ -16,8 +16,8 @@
 #define FASTGAN_HAS_AVX512 0
 #endif
 
-// The scheme of Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication": tiles of the result that
-// fit the registers, over operands that were packed into the order in which a tile reads them.
+// The scheme of Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication": tiles of the result
+// that fit the registers, over operands that were packed into the order in which a tile reads them.
 namespace fastgan {
 
 #if FASTGAN_HAS_AVX512
@@ -50,7 +50,8 @@ FASTGAN_AVX512 inline void transpose(__m512 (&r)[16]) {
   }
   // r[4 q + c] holds, in lane l, column 4 l + c of rows 4 q .. 4 q + 3
   for (int c = 0; c < 4; ++c) {
-    const __m512 even01 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88), odd01 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
+    const __m512 even01 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88),
+                 odd01 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
     const __m512 even23 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
     const __m512 odd23 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
     t[c] = _mm512_shuffle_f32x4(even01, even23, 0x88);

@@ -31,10 +31,9 @@ def _native_function(name: str, *tensors: Tensor | None) -> Any:
     """The native function for these tensors, or ``None``."""
     dtypes = {t.dtype for t in tensors if t is not None}
     fits = all(t.device.type == "cpu" and t.is_contiguous() for t in tensors if t is not None)
-    if _native.ext is None or not fits or len(dtypes) != 1:
+    if _native.ext is None or not fits or len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
         return None
-    suffix = {torch.float32: "_f32", torch.float64: "_f64"}.get(dtypes.pop())
-    return getattr(_native.ext, name + suffix) if suffix else None
+    return partial(getattr(_native.ext, name), dtypes == {torch.float64})
 
 
 def _at(t: Tensor | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
@@ -283,16 +283,24 @@ def test_matrix_products(m: int, n: int, k: int, transposed: tuple[bool, bool]) 
     memory = torch.full((m * n + 2 * GUARD,), CANARY)
     out = memory[GUARD:-GUARD].view(m, n).fill_(math.nan)
     results = []
-    for threads in (1, 2):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
+    for count in (1, 2):
+        with threads(count):
             steps.product(a, b, out)()
-        finally:
-            torch.set_num_threads(before)
         results.append(out.clone())
     assert_as_accurate("product", results[0], a @ b, a.double() @ b.double())
     if min(m, n, k) >= 16 and _native.ext.has_matrix_product():
         assert torch.equal(*results)
     assert (memory[:GUARD] == CANARY).all()
     assert (memory[-GUARD:] == CANARY).all()
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.2])
+@pytest.mark.parametrize("native", [True, False])
+def test_infinities_and_nan_are_those_of_torch(slope: float, native: bool) -> None:
+    x = torch.tensor([[-math.inf, math.inf, math.nan, -1.0, 0.0, 2.0]])
+    expected = torch.nn.functional.relu(x) if slope == 0 else torch.nn.functional.leaky_relu(x, slope)
+    for bias in (None, torch.zeros(6)):
+        y = torch.empty_like(x)
+        with nullcontext() if native else in_torch():
+            steps.bias_act(x, y, bias, slope)()
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
