@@ -13,7 +13,9 @@ Sources: Kingma and Ba 2015 (arXiv:1412.6980); Loshchilov and Hutter 2019 (arXiv
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,24 +45,50 @@ class AdamState:
         self.grad_norm = torch.full((), torch.nan, dtype=dtype, device=device)
 
 
-class AdamReference:
+@dataclass(eq=False)
+class AdamPass(ABC):
+    """The update of one network.
+
+    Attributes:
+        arena: whose ``grad`` holds the gradients. It should have its ``low`` already if it is to have one.
+        state: counts that go on.
+        rule: settings.
+        update: number of the update, int64 0-dim on the arena's device, for the schedule.
+        average: how ``arena.average``, where there is one, follows.
+        clip: parameters are clamped to ``[-clip, clip]`` after each update.
+        zero_grad: leave zeros in ``arena.grad``.
+        has_low: whether it writes ``arena.low``.
+    """
+
+    arena: Arena
+    state: AdamState
+    rule: Adam
+    update: torch.Tensor
+    average: Average | None = None
+    clip: float | None = None
+    zero_grad: bool = False
+
+    def __post_init__(self) -> None:
+        self.has_low = self.arena.has_low
+        self._prepare()
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Make what every update uses."""
+
+    @abstractmethod
+    def call(self, active: torch.Tensor) -> Call:
+        """A function and arguments that update the parameters ``active``, uint8 ``[n]``, marks: at every step the same.
+
+        They do not keep ``active`` alive.
+        """
+
+
+class AdamReference(AdamPass):
     """The update in torch ops on the flat tensors, in place; nothing is read back to the host."""
 
-    def __init__(
-        self,
-        arena: Arena,
-        state: AdamState,
-        rule: Adam,
-        *,
-        update: torch.Tensor,
-        average: Average | None = None,
-        clip: float | None = None,
-        zero_grad: bool = False,
-    ) -> None:
-        """Prepare; arguments as for :func:`adam_pass`."""
-        self.arena, self.state, self.rule, self.update = arena, state, rule, update
-        self.average, self.clip, self.zero_grad = average, clip, zero_grad
-        self.has_low = arena.has_low
+    def _prepare(self) -> None:
+        arena = self.arena
         device = arena.flat.device
         rows = torch.tensor([-(-p.numel() // PAD) for p in arena.params], device=device)
         self._owner = torch.arange(len(rows), device=device).repeat_interleave(rows)  # parameter of each row of PAD
@@ -118,34 +146,22 @@ class AdamReference:
             arena.grad.zero_()
 
     def call(self, active: torch.Tensor) -> Call:
-        """A function and arguments that make this update, the same at every step."""
         return self.run, (active,)
 
 
-class AdamNative:
+class AdamNative(AdamPass):
     """The update as one native pass over CPU memory (``csrc/adam.cpp``), equal to the bit for any number of threads."""
 
-    def __init__(
-        self,
-        arena: Arena,
-        state: AdamState,
-        rule: Adam,
-        *,
-        update: torch.Tensor,
-        average: Average | None = None,
-        clip: float | None = None,
-        zero_grad: bool = False,
-    ) -> None:
-        """Prepare; arguments as for :func:`adam_pass`. The extension must be there, and the tensors on the CPU."""
+    def _prepare(self) -> None:
         assert ext is not None
-        self.has_low = arena.has_low
+        arena, state, rule, average = self.arena, self.state, self.rule, self.average
         schedule = rule.schedule
         ema = average.rule if average is not None and arena.average is not None else None
         tensors: dict[str, torch.Tensor | None] = {
             "flat": arena.flat, "grad": arena.grad, "exp_avg": arena.exp_avg, "exp_avg_sq": arena.exp_avg_sq,
             "average": arena.average if ema else None, "low": arena.low if arena.has_low else None,
             "blocks": arena.blocks, "steps": state.steps, "skipped": state.skipped, "grad_norm": state.grad_norm,
-            "update": update, "images": average.images if average else None,
+            "update": self.update, "images": average.images if average else None,
             "averaged": average.averaged if average else None,
         }  # fmt: skip
         self._kept = tensors  # the pass holds their addresses
@@ -160,38 +176,16 @@ class AdamNative:
             schedule_final=schedule.final if schedule else 0, warmup=schedule.warmup if schedule else 0,
             ema_decay=_or_none(ema.decay if ema else None),
             ema_halflife=1000 * _or_none(ema.halflife_kimg if ema else None),
-            ema_rampup=_or_none(ema.rampup if ema else None), clip=_or_none(clip), zero_grad=zero_grad,
+            ema_rampup=_or_none(ema.rampup if ema else None), clip=_or_none(self.clip), zero_grad=self.zero_grad,
         )  # fmt: skip
 
     def call(self, active: torch.Tensor) -> Call:
-        """A function and arguments that make this update, the same at every step; they do not keep ``active`` alive."""
         return self._pass.run, (active.data_ptr(), torch.get_num_threads())
 
 
-def adam_pass(
-    arena: Arena,
-    state: AdamState,
-    rule: Adam,
-    *,
-    update: torch.Tensor,
-    average: Average | None = None,
-    clip: float | None = None,
-    zero_grad: bool = False,
-) -> AdamNative | AdamReference:
-    """The update of one network: native where the extension was built and the network is on the CPU.
-
-    Args:
-        arena: whose ``grad`` holds the gradients. It should have its ``low`` already if it is to have one.
-        state: counts that go on.
-        rule: settings.
-        update: number of the update, int64 0-dim on the arena's device, for the schedule.
-        average: how ``arena.average``, where there is one, follows.
-        clip: parameters are clamped to ``[-clip, clip]`` after each update.
-        zero_grad: leave zeros in ``arena.grad``.
-    """
-    native = ext is not None and arena.flat.device.type == "cpu"
-    make = AdamNative if native else AdamReference
-    return make(arena, state, rule, update=update, average=average, clip=clip, zero_grad=zero_grad)
+def pass_for(arena: Arena) -> type[AdamPass]:
+    """Native where the extension was built and the network is on the CPU."""
+    return AdamNative if ext is not None and arena.flat.device.type == "cpu" else AdamReference
 
 
 def mark(active: Sequence[bool], device: torch.device) -> torch.Tensor:

@@ -44,7 +44,7 @@ class Arena:
         names, params: as given.
         flat: the parameters, ``[size]``; padding is 0.
         grad: gradients, ``[size]``.
-        exp_avg, exp_avg_sq: Adam's moments, ``[size]``.
+        exp_avg, exp_avg_sq: Adam's moments, ``[size]``; empty where another optimiser keeps its own.
         average: the averaged parameters, ``[size]``, or ``None``.
         views: parameters in ``flat``, of each parameter's shape and strides.
         grads: the same in ``grad``.
@@ -53,13 +53,18 @@ class Arena:
     """
 
     def __init__(
-        self, params: Sequence[tuple[str, nn.Parameter]], average: Sequence[torch.Tensor] | None = None
+        self,
+        params: Sequence[tuple[str, nn.Parameter]],
+        average: Sequence[torch.Tensor] | None = None,
+        *,
+        moments: bool = True,
     ) -> None:
         """Move parameters into one flat tensor: they keep their values and become views of it.
 
         Args:
             params: names and parameters, each parameter once: fp32 or fp64, of one dtype and device.
             average: one tensor per parameter, of its shape, dtype and device, which become views too.
+            moments: whether Adam's moments are kept here.
 
         Raises:
             InputError: the parameters cannot share a flat tensor; see :func:`obstacle`.
@@ -74,8 +79,9 @@ class Arena:
             self.offsets.append(self.size)
             self.size += -(-p.numel() // PAD) * PAD
         first = self.params[0]
+        sizes = (self.size, self.size, *[self.size if moments else 0] * 2)
         self.flat, self.grad, self.exp_avg, self.exp_avg_sq = (
-            torch.zeros(self.size, dtype=first.dtype, device=first.device) for _ in range(4)
+            torch.zeros(n, dtype=first.dtype, device=first.device) for n in sizes
         )
         self.average = torch.zeros_like(self.flat) if average is not None else None
         self._low: torch.Tensor | None = None

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastgan import ema
-from fastgan.adam import AdamNative, AdamReference, AdamState, Call, adam_pass, mark
+from fastgan.adam import AdamPass, AdamState, Call, mark, pass_for
 from fastgan.arena import Arena, obstacle
 from fastgan.ema import Average
 from fastgan.errors import InputError
@@ -163,14 +163,16 @@ class Updater:
 
         followers = dict(average.module.named_parameters()) if average is not None else {}
         in_pass = [followers[n] for n in self.names] if average is not None and self.optimizer is None else None
-        self.arena = None if self.obstacle is not None else Arena(list(named.items()), in_pass)
+        self.arena = (
+            None if self.obstacle is not None else Arena(list(named.items()), in_pass, moments=self.optimizer is None)
+        )
         self._rest: list[tuple[torch.Tensor, torch.Tensor]] = []  # averaged one by one
         if average is not None:
             done = {id(p) for p in in_pass or ()}
             self._rest = [pair for pair in ema.pairs(average.module, module) if id(pair[0]) not in done]
         self._state = AdamState(len(self.params), dtype, device)
         self.skipped, self.grad_norm = self._state.skipped, self._state.grad_norm
-        self._pass: AdamNative | AdamReference | None = None
+        self._pass: AdamPass | None = None
         self._marks: dict[Active, torch.Tensor] = {}
 
     def __getstate__(self) -> State:
@@ -222,7 +224,7 @@ class Updater:
         assert self.arena is not None
         assert self.rule is not None
         if self._pass is None or self._pass.has_low != self.arena.has_low:
-            self._pass = adam_pass(
+            self._pass = pass_for(self.arena)(
                 self.arena, self._state, self.rule, update=self.update, average=self.average, clip=self.clip,
                 zero_grad=self.zero_grad,
             )  # fmt: skip

@@ -230,3 +230,14 @@ class Maker:
             n = shape[0] * shape[1] * shape[2]
             layers += [nn.Flatten(), self.spectral(nn.Linear(n, 1, bias=self.maybe()))]
         return nn.Sequential(*layers)
+
+
+class Conditional(nn.Module):
+    """Of three classes."""
+
+    def __init__(self, size: int, out: int) -> None:
+        super().__init__()
+        self.embed, self.body = nn.Embedding(3, 2), nn.Linear(size + 2, out)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.body(torch.cat([x, self.embed(labels)], 1))

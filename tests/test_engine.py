@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Conditional
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -399,15 +400,6 @@ def test_no_average() -> None:
 
 
 # ---- classes
-
-
-class Conditional(nn.Module):
-    def __init__(self, size: int, out: int) -> None:
-        super().__init__()
-        self.embed, self.body = nn.Embedding(3, 2), nn.Linear(size + 2, out)
-
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self.body(torch.cat([x, self.embed(labels)], 1))
 
 
 def conditional(**changes: object) -> Engine:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Conditional
 from torch import nn
 
 import fastgan
@@ -701,15 +702,6 @@ class OwnPenalty:
 
     def rows(self, gradient: torch.Tensor) -> torch.Tensor:
         return squared_norm(gradient)
-
-
-class Conditional(nn.Module):
-    def __init__(self, size: int, out: int) -> None:
-        super().__init__()
-        self.embed, self.body = nn.Embedding(3, 2), nn.Linear(size + 2, out)
-
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self.body(torch.cat([x, self.embed(labels)], 1))
 
 
 def batch_normed() -> Networks:
