@@ -14,7 +14,6 @@ from torch.utils.flop_counter import flop_registry
 from fastgan.plan import Plan
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
-CONVOLUTIONS = {"aten::convolution", "aten::convolution_backward"}
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class Planner:
     ) -> None:
         self._modules = {"generator": generator, "discriminator": discriminator}
         self._loss, self._arenas, self._obstacle, self._metrics = loss, arenas, obstacle, metrics
-        self._example, self._packed, self._dtype, self._reduced = example, packed, dtype, reduced
+        self._example, self._packed = example, packed
         self._casts: list[Callable[[], object]] = []
         self._low: dict[Tensor, Tensor] = {}
         self._setting = Setting(device, dtype, reduced, self._operand, {})

@@ -445,7 +445,7 @@ def test_an_iteration_of_dense_networks_allocates_nothing(case: Case) -> None:
 
 
 @needs_extension
-def test_of_networks_of_convolutions_these_alone_allocate() -> None:
+def test_convolutional_plans_allocate_what_convolutions_return_alone() -> None:
     g = nn.Sequential(
         nn.Linear(4, 32), nn.Unflatten(1, (8, 2, 2)), nn.ReLU(), nn.ConvTranspose2d(8, 4, 4, 2, 1), nn.ReLU(),
         nn.Upsample(scale_factor=2), nn.Conv2d(4, 1, 3, 1, 1), nn.Tanh(),
