@@ -253,7 +253,10 @@ def test_a_signal_saves(number: int, tmp_path: Path) -> None:
     assert_same_run(whole.folder, resumed.run().folder)
 
 
-def test_a_second_interrupt_aborts(tmp_path: Path) -> None:
+def test_a_second_interrupt_aborts(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    # a shell lets what it starts in the background ignore interrupts
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     run = trainer(outdir=tmp_path)
 
     def twice() -> None:
