@@ -10,7 +10,7 @@
 namespace fastgan {
 namespace {
 
-constexpr std::int64_t kGrain = 1 << 15;  // elements below which another thread does not pay: bench_closed_form
+constexpr std::int64_t kGrain = 1 << 14;  // elements below which another thread does not pay: bench_steps
 constexpr std::int64_t kLanes = 16;       // partial sums that one vector register or two hold
 constexpr float kTanh[] = {-0.333333328f, 0.133332272f, -0.0539337492f, 0.0214724258f,
                            -0.00694633368f};  // of x^3, x^5, ...: see tanh_of

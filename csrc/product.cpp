@@ -29,7 +29,7 @@ namespace {
 constexpr std::int64_t kRows = 14, kCols = 32;  // of a tile: 28 registers of sums, 2 of b, 1 of a
 constexpr std::int64_t kDepth = 256;            // of a packed block: a panel of b is 32 KB
 constexpr std::int64_t kBlock = 12 * kRows;     // rows of a that are packed at a time: 172 KB
-constexpr double kWorth = 1 << 21;              // multiplications for which another thread pays: bench_closed_form
+constexpr double kWorth = 1 << 19;              // multiplications for which another thread pays: bench_steps
 
 std::int64_t panels(std::int64_t n, std::int64_t width) { return (n + width - 1) / width; }
 

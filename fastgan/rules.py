@@ -23,7 +23,7 @@ from fastgan.stack import Stack
 Tensor = torch.Tensor
 aten = torch.ops.aten
 
-_NARROW = 8  # columns up to which a CPU's products are several times faster the other way round: bench_closed_form
+_NARROW = 8  # columns up to which a CPU's products are several times faster the other way round: bench_steps
 
 
 class Rule(ABC):

@@ -23,7 +23,7 @@ from fastgan.losses import softplus
 Call = Callable[..., object]
 Tensor = torch.Tensor
 
-_SMALLEST = 16  # side of a matrix below which torch's products are as fast
+_SMALLEST = 32  # side of a matrix below which torch's products are as fast: bench_steps
 _LOSSES = ("minimax", "non-saturating", "wasserstein", "hinge", "least-squares", "relativistic")  # order of csrc
 
 
