@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastgan.kernels import SPECS
 
@@ -27,22 +28,35 @@ CASES = [
 ]
 
 
+def triton_type(value: object) -> str:
+    """Of an argument, as Triton names it."""
+    if isinstance(value, torch.Tensor):
+        kinds = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
+                 torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}  # fmt: skip
+        return "*" + kinds[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    assert isinstance(value, int)
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
 def use(launch, arch: int) -> dict[str, int]:
     """What one compiled launch takes of a multiprocessor."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = launch.kernel.arg_names
+    kernel, signature, constants, attrs = launch.kernel, {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = launch.arguments.get(parameter.name, parameter.default)
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):  # as Triton specialises at run time
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = triton_type(value)
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attrs[i,] = [["tt.divisibility", 16]]
     compiled = triton.compile(
-        ASTSource(
-            fn=launch.kernel,
-            signature={n: launch.arguments.get(n, "constexpr") for n in names},
-            constexprs=dict(launch.constants),
-            attrs={
-                (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if launch.arguments.get(n, "")[:1] == "*"
-            },
-        ),
+        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs),
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )
@@ -66,7 +80,7 @@ def main() -> None:
                     row = {"op": spec.name, "kernel": launch.kernel.__name__, "dtype": str(dtype), "arch": arch}
                     print(json.dumps(row | use(launch, arch)))
     greedy = SPECS[0].launches(SPECS[0].dtypes[-1])[0]
-    greedy = replace(greedy, constants={**greedy.constants, "BLOCK": 8192}, num_warps=1)
+    greedy = replace(greedy, arguments={**greedy.arguments, "BLOCK": 8192}, num_warps=1)
     print(json.dumps({"op": "greedy", "kernel": "", "dtype": "", "arch": 90} | use(greedy, 90)))
 
 
