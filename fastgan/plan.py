@@ -216,7 +216,7 @@ def _in_parts(
     for k in range(parts):
         for name, place in part.inputs.items():
             source = plan.inputs[name][k * len(place) : (k + 1) * len(place)]
-            plan.program.add(partial(place.copy_, source), place, source)
+            plan.program.add(steps.copy(source, place), place, source)
         plan.program.extend(part.program)
         for key, t in metrics.items():
             plan.program.add(partial(t.add_, of_part[key], alpha=1 / parts), t)
@@ -271,7 +271,7 @@ def _update(
         after()
     ones = slice(s.chain, s.left) if split else s.tail
     if places:
-        program.add(partial(s.adjoint(out, ones).fill_, 1))
+        program.add(steps.fill(s.adjoint(out, ones), 1))
     if split:
         rules.chain(s, ones, s.tail, below=True)
         _penalise(s, rows, places, every, metrics["penalty"])
@@ -337,11 +337,11 @@ def _in_full(
     wide = {p: s.new(*t.shape, dtype=dtype) for p, t in logits.items()}
     seeds = {p: s.new(*t.shape, dtype=dtype) for p, t in scales.items()}
     for p, t in logits.items():
-        s.program.add(partial(wide[p].copy_, t), wide[p], t)
+        s.program.add(steps.copy(t, wide[p]), wide[p], t)
 
     def after() -> None:
         for p, t in scales.items():
-            s.program.add(partial(t.copy_, seeds[p]), seeds[p], t)
+            s.program.add(steps.copy(seeds[p], t), seeds[p], t)
 
     return wide, seeds, after
 
@@ -365,7 +365,7 @@ def _penalise(
             )
             s.program.add(call, g[part], r[part])
             k += 1
-    s.program.add(partial(torch.sum, values, 0, out=value), values)
+    s.program.add(steps.total(values, value), values)
 
 
 # ---- the generator
