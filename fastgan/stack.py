@@ -40,36 +40,47 @@ class Program:
         calls: run in order; they take nothing and always work on the same tensors.
         kinds: of each call.
         steps: what each call was made of, where that is known.
-        flops, bytes: of all calls together, bytes as read and written by each.
+        costs: FLOPs of each call, and the bytes it reads and writes.
+        scratch: addresses of memory that holds nothing from one call to the next but one.
     """
 
     calls: list[Call] = field(default_factory=list)
     kinds: list[Kind] = field(default_factory=list)
     steps: list[Step | None] = field(default_factory=list)
-    flops: int = 0
-    bytes: int = 0
+    costs: list[tuple[int, int]] = field(default_factory=list)
+    scratch: set[int] = field(default_factory=set)
+
+    @property
+    def flops(self) -> int:
+        """Of all calls together."""
+        return sum(flops for flops, _ in self.costs)
+
+    @property
+    def bytes(self) -> int:
+        """Of all calls together, as read and written by each."""
+        return sum(n for _, n in self.costs)
 
     def add(self, call: Call, *touched: Tensor | None, kind: Kind = "other", flops: int = 0) -> None:
         """Append a call that reads or writes the ``touched`` tensors."""
         self.calls.append(call.call if isinstance(call, Step) else call)
         self.kinds.append(kind)
         self.steps.append(call if isinstance(call, Step) else None)
-        self.flops += flops
-        self.bytes += sum(t.nbytes for t in touched if t is not None)
+        self.costs.append((flops, sum(t.nbytes for t in touched if t is not None)))
 
     def extend(self, other: Program) -> None:
         """Append the calls of another one."""
         self.calls += other.calls
         self.kinds += other.kinds
         self.steps += other.steps
-        self.flops += other.flops
-        self.bytes += other.bytes
+        self.costs += other.costs
+        self.scratch |= other.scratch
 
     def prepend(self, calls: Sequence[Call]) -> None:
         """Put calls before the others."""
         self.calls[:0] = calls
         self.kinds[:0] = ["other"] * len(calls)
         self.steps[:0] = [None] * len(calls)
+        self.costs[:0] = [(0, 0)] * len(calls)
 
     def run(self) -> None:
         """Make every call."""
@@ -203,6 +214,7 @@ class Stack:
             n *= size
         if (slot, n) not in self._scratch:
             self._scratch[slot, n] = self.new(n)
+            self.program.scratch.add(self._scratch[slot, n].data_ptr())
         return self._scratch[slot, n].view(shape)
 
     def _buffers(self, rows: Callable[[int], int], output: Tensor | None = None) -> dict[int, Tensor]:
