@@ -274,9 +274,9 @@ def _update(
             scales.update({p: weights[rows[p]] for p in shared})
         logits = {p: s.value(out, rows[p]).reshape(-1) for p in with_loss}
         logits, seeds, after = _in_full(s, setting.dtype, logits, scales)
-        values = [metrics[k] for k in ("d_loss", "d_real", "d_fake")]
         tensors = (logits["real"], logits["fake"], seeds["real"], seeds["fake"])
-        call = steps.discriminator_loss(loss, *tensors, *values, loss_scale=setting.loss_scale)
+        figures = (metrics["d_loss"], metrics["d_real"], metrics["d_fake"])
+        call = steps.discriminator_loss(loss, *tensors, *figures, setting.loss_scale)
         program.add(call, *tensors)
         after()
     ones = slice(s.chain, s.left) if split else s.tail
