@@ -235,7 +235,7 @@ def adam_element(p, g, m, v, rate, root, lr, settings_ptr, DECAY: tl.constexpr):
     m = m + (g - m) * tl.load(settings_ptr + _REST1).to(T)
     v = v * tl.load(settings_ptr + _BETA2).to(T) + g * g * tl.load(settings_ptr + _REST2).to(T)
     eps = tl.load(settings_ptr + _EPS).to(T)
-    if T == tl.float64:
+    if p.dtype == tl.float64:
         change = m * rate / (tl.sqrt(v) * root + eps)
     else:
         change = tl.div_rn(m * rate.to(T), tl.sqrt_rn(v) * root.to(T) + eps)
@@ -268,8 +268,11 @@ def sum_of(partials_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def is_finite(total, settings_ptr):
-    """Whether a sum of squares is, once rounded to the parameters' type."""
-    return tl.where(total < tl.load(settings_ptr + _LIMIT), 1, 0) != 0  # the interpreter splats a float's comparison as floats
+    """Whether a sum of squares is, once rounded to the parameters' type.
+
+    By way of a number: the interpreter would splat the comparison in the type of what is compared.
+    """
+    return tl.where(total < tl.load(settings_ptr + _LIMIT), 1, 0) != 0
 
 
 @triton.jit

@@ -13,6 +13,8 @@ Sources: Kingma and Ba 2015 (arXiv:1412.6980); Loshchilov and Hutter 2019 (arXiv
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -146,7 +148,7 @@ def _adam_ema_kernel(
             average = tl.load(average_ptr + at, mask=inside, other=0.0)
             tl.store(average_ptr + at, followed(average, p, weight), mask=inside)
         if LOW:
-            tl.store(low_ptr + at, p.to(low_ptr.dtype.element_ty), mask=inside)
+            tl.store(low_ptr + at, p.to(tl.float32).to(low_ptr.dtype.element_ty), mask=inside)  # in torch's two steps
         if ZERO:
             tl.store(grad_ptr + at, tl.zeros([BLOCK], T), mask=inside)
     if DEPENDENT:
@@ -184,9 +186,7 @@ def squares_of(blocks: torch.Tensor) -> torch.Tensor:
     return torch.zeros(min(max(len(blocks), 1), _SQUARES_PROGRAMS), dtype=torch.float64, device=blocks.device)
 
 
-def squares_launch(
-    grad: torch.Tensor, blocks: torch.Tensor, active: torch.Tensor, squares: torch.Tensor
-) -> Launch:
+def squares_launch(grad: torch.Tensor, blocks: torch.Tensor, active: torch.Tensor, squares: torch.Tensor) -> Launch:
     """Sums of squared gradients of active parameters, one per program: what :func:`adam_ema_launch` guards by.
 
     Args:
@@ -217,7 +217,11 @@ def adam_ema_launch(updated: Updated, blocks: torch.Tensor, squares: torch.Tenso
         t = getattr(updated, name)
         if t is not None:
             check_dtype(op, name, t, (updated.flat.dtype,))
-            check(t.shape == updated.flat.shape, op, f"{name} has shape {tuple(t.shape)}, flat {tuple(updated.flat.shape)}")
+            check(
+                t.shape == updated.flat.shape,
+                op,
+                f"{name} has shape {tuple(t.shape)}, flat {tuple(updated.flat.shape)}",
+            )
     check_dtype(op, "flat", updated.flat, DTYPES)
     return Launch(
         _adam_ema_kernel, (min(max(len(blocks), 1), _PROGRAMS),),
@@ -273,7 +277,7 @@ def adam_ema(
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         check(value >= 0, op, f"{name} is {value}, expected >= 0")
     check(len(betas) == 2 and all(0 <= b < 1 for b in betas), op, f"betas is {betas}, expected two in [0, 1)")
-    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if resolve(op, backend, param, grad, exp_avg, exp_avg_sq, step) == "reference":
         return adam_ema_reference(param, grad, exp_avg, exp_avg_sq, step, **options, decoupled=decoupled)
     device = param.device
