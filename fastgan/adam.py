@@ -285,6 +285,7 @@ class AdamTriton(AdamPass):
             images=average.images if ema and average else None,
             averaged=average.averaged if ema and average else None,
             low=arena.low if arena.has_low else None, clip=self.clip is not None, zero_grad=self.zero_grad,
+            offsets=tuple(arena.offsets),
         )  # fmt: skip
         self._blocks = blocks_of(arena.offsets, [p.numel() for p in arena.params], device)
         self._squares = squares_of(self._blocks)

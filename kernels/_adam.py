@@ -45,6 +45,7 @@ class Updated:
         advance: int64 0-dim counters, at most three, with what is added to each after all else.
         ring: values ``[m]``, rows ``[R, m]`` of their dtype, int64 0-dim slot: the values as they are after the
             update go to row ``slot % R``, then slot grows by 1.
+        offsets: where each parameter begins; needed only where the gradients' launch makes the update.
     """
 
     flat: torch.Tensor
@@ -72,6 +73,7 @@ class Updated:
     good_steps: torch.Tensor | None = None
     advance: tuple[tuple[torch.Tensor, int], ...] = ()
     ring: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    offsets: tuple[int, ...] = ()
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of either kernel by name."""
