@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-_LIBRARY = torch.library.Library("fastgan", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
 
 
 def register(
@@ -27,8 +27,8 @@ def register(
         backward: ``(ctx, *gradients)``, of differentiable ops only: a gradient penalty differentiates it again.
     """
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgan::{name}", fake, lib=_LIBRARY)
     torch.library.register_autograd(f"fastgan::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     return getattr(torch.ops.fastgan, name)

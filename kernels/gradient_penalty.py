@@ -81,10 +81,9 @@ def _gradient_penalty_fwd_kernel(
         squares += g * g
     squared = tl.sum(squares)
     if NORM:
-        if ACC == tl.float32:
-            length = tl.sqrt_rn(squared + TINY)
-        else:
-            length = tl.sqrt(squared + TINY)
+        length = tl.sqrt(squared + TINY)
+        if squared.dtype == tl.float32:
+            length = tl.sqrt_rn(squared + TINY)  # the other is an approximation there
         value = WEIGHT * (length - TARGET) * (length - TARGET)
         factor = 2 * WEIGHT * SCALE * (length - TARGET) / length / n_rows
     else:
@@ -274,20 +273,18 @@ def _launches(dtype: torch.dtype) -> list[Launch]:
     wide = _wide(dtype)
     g, value, rows = torch.empty(64, 256, dtype=dtype), torch.empty((), dtype=wide), torch.empty(64, dtype=wide)
     counter = torch.zeros(1, dtype=torch.int32)
-    loss_scales = [None, torch.empty(())] if dtype == torch.float16 else [None]
+    directions: list[tuple[torch.Tensor, torch.Tensor | None]] = [(g, None)]
+    if wide != dtype:
+        directions += [(torch.empty(64, 256, dtype=wide), None)]
+    if dtype == torch.float16:
+        directions += [(g, torch.empty(()))]
     return [
         gradient_penalty_launch(
-            g, g, value, rows, counter, kind=kind, weight=10.0, target=1.0, add=add, loss_scale=loss_scale
+            g, direction, value, rows, counter, kind=kind, weight=10.0, target=1.0, add=add, loss_scale=loss_scale
         )
         for kind in get_args(Kind)
-        for add in (False, True)
-        for loss_scale in loss_scales
-    ] + [
-        gradient_penalty_launch(
-            g, torch.empty(64, 256, dtype=wide), value, rows, counter, kind=kind, weight=1.0, target=1.0
-        )
-        for kind in get_args(Kind)
-        if wide != dtype
+        for direction, loss_scale in directions
+        for add in ((False, True) if direction is g else (False,))
     ]
 
 

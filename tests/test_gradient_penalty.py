@@ -1,4 +1,4 @@
-"""What is particular to ``gradient_penalty``: its errors, rows of length 0, and its launch beside the step of a plan."""
+"""What is particular to ``gradient_penalty``: its errors, rows of length 0, and its launch beside a plan's."""
 
 from __future__ import annotations
 
