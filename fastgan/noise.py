@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from fastgan._native import ext
+from fastgan.backend import resolve
 from fastgan.errors import InputError
 
 Step = int | torch.Tensor
@@ -24,6 +26,7 @@ Step = int | torch.Tensor
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85  # key increments
 _LOW, _LOW64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
+_WALK = 128
 
 
 class Stream(enum.IntEnum):
@@ -82,7 +85,7 @@ def uniform_reference_(out: torch.Tensor, step: torch.Tensor, seed: int, stream:
     """What :func:`uniform` writes into ``out``, in torch ops."""
     rows, cols = out.shape
     raw = bits_reference(step, rows, cols, seed, stream, first_row)
-    out.copy_((raw >> 8).to(out.dtype) * 2.0**-24)
+    out.copy_((raw >> 8).to(torch.promote_types(out.dtype, torch.float32)) * 2.0**-24)  # fp16 ends at 2**16
 
 
 def normal_reference_(out: torch.Tensor, step: torch.Tensor, seed: int, stream: int, first_row: int) -> None:
@@ -123,6 +126,24 @@ def _integers_native(out: torch.Tensor, step: torch.Tensor, high: int, seed: int
     )  # fmt: skip
 
 
+def _launch(kind: str, out: torch.Tensor, step: torch.Tensor, *key: int) -> None:
+    """One kernel that fills ``out``, or the reference in torch ops where that backend was chosen."""
+    if resolve("noise", None, out, step) == "reference":
+        _REFERENCES[kind](out, step, *key)
+        return
+    from fastgan.kernels.latent import latent_launch  # imports Triton
+
+    *high, seed, stream, first_row = key
+    options = {"high": high[0]} if high else {}
+    latent_launch(out, step, seed=seed, stream=stream, first_row=first_row, kind=kind, **options)()
+
+
+_REFERENCES: dict[str, Callable[..., None]] = {
+    "normal": normal_reference_,
+    "uniform": uniform_reference_,
+    "integers": integers_reference_,
+}
+
 # ops of their own, so that what records a step sees their inputs and what they write
 _LIBRARY = torch.library.Library("fastgan", "DEF")  # type: ignore[no-untyped-call]
 _KEY = "int seed, int stream, int first_row"
@@ -136,6 +157,8 @@ for _op, _reference, _native in (
     _LIBRARY.impl(_op.partition("(")[0], _reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     if ext is not None:
         _LIBRARY.impl(_op.partition("(")[0], _native, "CPU")  # type: ignore[no-untyped-call]
+for _kind in _REFERENCES:
+    _LIBRARY.impl(f"{_kind}_", partial(_launch, _kind), "CUDA")  # type: ignore[no-untyped-call]
 
 
 def bits(
@@ -257,6 +280,10 @@ def shuffled(position: torch.Tensor, n: int, *, seed: int) -> torch.Tensor:
     its own. A Feistel network of eight Philox rounds over the next power of two (64 at least: fewer are not
     mixed evenly), with cycle walking.
 
+    A CPU walks until all items are below ``n``. A GPU, which is not read back, takes as many steps as any walk may
+    have: one more than there are values to walk through, or :data:`_WALK` where that is less. Each step ends more than
+    half of the walks, so that one is cut short with probability below 2**-128, and its item is then out of range.
+
     Args:
         position: int64 ``[B]``, non-negative.
         n: number of items, ``1 <= n < 2**32``.
@@ -283,6 +310,9 @@ def shuffled(position: torch.Tensor, n: int, *, seed: int) -> torch.Tensor:
         return (left << right_bits) | right
 
     item = once(item)
-    while bool((outside := item >= n).any()):
+    for _ in range((1 << width) - n if position.is_cpu else min((1 << width) - n, _WALK)):
+        outside = item >= n
+        if position.is_cpu and not bool(outside.any()):
+            break
         item = torch.where(outside, once(item), item)
     return item
