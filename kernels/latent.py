@@ -52,7 +52,6 @@ def latent_reference(
 
 # ---- kernels
 
-_LN2 = tl.constexpr(math.log(2))
 _LN2_HIGH = tl.constexpr(float.fromhex("0x1.62e42fep-1"))
 _LN2_LOW = tl.constexpr(math.log(2) - float.fromhex("0x1.62e42fep-1"))
 _ROOT_HALF = tl.constexpr(0x3FE6A09E00000000)  # bits of sqrt(1/2), rounded down
@@ -222,7 +221,9 @@ def check_draw(op: str, out: torch.Tensor, step: torch.Tensor, kind: str, high: 
     """Rows and columns of what a draw fills, if it can be drawn."""
     check(kind in KINDS, op, f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
     if kind == "integers":
-        check(out.dtype == torch.int64 and out.ndim == 1, op, f"out is {out.dtype} {list(out.shape)}, expected int64 [B]")
+        check(
+            out.dtype == torch.int64 and out.ndim == 1, op, f"out is {out.dtype} {list(out.shape)}, expected int64 [B]"
+        )
         check(1 <= high < 2**31, op, f"high is {high}, expected 1 <= high < 2**31")
     else:
         check_dtype(op, "out", out, DTYPES)
