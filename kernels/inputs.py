@@ -26,11 +26,18 @@ from fastgan.backend import Backend, resolve
 from fastgan.kernels._launch import Launch, check
 from fastgan.kernels._spec import OpSpec, Sample
 from fastgan.kernels.latent import (
-    _WORD, BLOCK, DTYPES, bounded_integers, check_draw, normal_numbers, store_rounded, uniform_numbers, word, words,
-)  # fmt: skip
-from fastgan.kernels.sample_rows import (
-    SCALARS, SampleArguments, kernel_arguments, sample_rows_, sample_tile,
-)  # fmt: skip
+    _WORD,
+    BLOCK,
+    DTYPES,
+    bounded_integers,
+    check_draw,
+    normal_numbers,
+    store_rounded,
+    uniform_numbers,
+    word,
+    words,
+)
+from fastgan.kernels.sample_rows import SCALARS, SampleArguments, kernel_arguments, sample_rows_, sample_tile
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ def _draw_tile(program, field_ptr, BLOCK: tl.constexpr):
         integers = bounded_integers(w0, tl.load(field_ptr + 12))
         tl.store(to + row.to(tl.int64) * stride_row, integers, mask=row < rows)
     else:
-        if normal:
+        if normal:  # noqa: SIM108 (a conditional expression would compute both)
             values = normal_numbers(w0, w1, w2, w3)
         else:
             values = uniform_numbers(w0, w1, w2, w3).to(tl.float64)
@@ -188,8 +195,8 @@ def _check(draws: Sequence[Draw]) -> list[tuple[int, int]]:
 def inputs_launch(draws: Sequence[Draw], rows: SampleArguments | None = None) -> Launch:
     """All draws of an update, and the next rows of its data.
 
-    Building one copies a table of 128 bytes for each draw to the device, which belongs before a capture; running it does
-    not. The outputs must not overlap.
+    Building one copies a table of 128 bytes for each draw to the device, which belongs before a capture; running it
+    does not. The outputs must not overlap.
 
     Args:
         draws: at least one, on one device; their outs may have different dtypes.
@@ -204,13 +211,14 @@ def inputs_launch(draws: Sequence[Draw], rows: SampleArguments | None = None) ->
     for d, (n_rows, n_cols) in zip(draws, sizes, strict=True):
         fields.append([
             programs, d.out.data_ptr(), d.step.data_ptr(), d.out.stride(0), n_rows, n_cols, _NUMBERS[d.out.dtype],
-            int(d.kind == "normal"), word(d.seed), word(d.seed >> 32), word(d.first_row), int(d.stream), d.high, 0, 0, 0,
+            int(d.kind == "normal"), word(d.seed), word(d.seed >> 32), word(d.first_row), int(d.stream), d.high,
+            0, 0, 0,
         ])  # fmt: skip
         programs += triton.cdiv(n_rows * triton.cdiv(n_cols, 4), BLOCK)
     most = triton.next_power_of_2(len(draws))
     fields += [[_NEVER, *[0] * 15]] * (most - len(draws))
     table = torch.tensor(fields, dtype=torch.int64, device=draws[0].out.device)
-    table.keeps_alive = [(d.out, d.step) for d in draws]
+    table.__dict__["keeps_alive"] = [(d.out, d.step) for d in draws]
     given: dict[str, Any] = dict.fromkeys(
         ("data_ptr", "out_ptr", "labels_ptr", "labels_out_ptr", "position_ptr", "arrivals_ptr"), table
     )
@@ -250,8 +258,8 @@ def inputs_(draws: Sequence[Draw], rows: SampleArguments | None = None, *, backe
 def _update(
     data: torch.Tensor, position: torch.Tensor, step: torch.Tensor, *, batch: int, latent: int, dtype: torch.dtype,
     backend: Backend | None = None,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """What an update draws: two latents in a dtype, one of them a slice of wider rows, weights in fp32, labels, rows."""
+) -> Any:  # fmt: skip
+    """What an update draws: two latents, one of them a slice of wider rows, weights in fp32, labels and rows."""
     wide = torch.zeros(batch, latent + 3, dtype=dtype, device=data.device)
     z, weights = (torch.empty(batch, n, dtype=t, device=data.device) for n, t in ((latent, dtype), (1, torch.float32)))
     x = torch.empty(batch, data.shape[1], dtype=dtype, device=data.device)
@@ -303,6 +311,14 @@ def _launches(dtype: torch.dtype) -> list[Launch]:
     return made
 
 
+def _bytes_moved(s: Sample) -> int:
+    data = s.inputs[0]
+    assert data is not None
+    itemsize = s.kwargs["dtype"].itemsize
+    per_row = 2 * s.kwargs["latent"] * itemsize + 4 + 8 + data.shape[1] * (1 + itemsize)
+    return int(s.kwargs["batch"] * per_row)
+
+
 SPEC = OpSpec(
     name="inputs",
     op=_update,
@@ -311,13 +327,5 @@ SPEC = OpSpec(
     dtypes=DTYPES,
     launches=_launches,
     order=0,
-    bytes_moved=lambda s: (
-        s.kwargs["batch"]
-        * (
-            2 * s.kwargs["latent"] * s.kwargs["dtype"].itemsize
-            + 4
-            + 8
-            + s.inputs[0].shape[1] * (1 + s.kwargs["dtype"].itemsize)
-        )
-    ),
+    bytes_moved=_bytes_moved,
 )

@@ -341,7 +341,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 
 def _launches(dtype: torch.dtype) -> list[Launch]:
     out, step = torch.empty(64, 64, dtype=dtype), torch.zeros((), dtype=torch.int64)
-    key = {"seed": 5 << 32 | 7, "stream": 2}
+    key: dict[str, Any] = {"seed": 5 << 32 | 7, "stream": 2}
     made = [latent_launch(out, step, **key, kind=kind) for kind in ("normal", "uniform")]
     if dtype == torch.float32:
         made += [
