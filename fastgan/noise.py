@@ -26,7 +26,7 @@ Step = int | torch.Tensor
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85  # key increments
 _LOW, _LOW64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
-_WALK = 128
+_WALK = 128  # steps of a walk that is not looked at
 
 
 class Stream(enum.IntEnum):
@@ -52,15 +52,12 @@ def philox(counter: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:
         counter: int64 with values in ``[0, 2**32)``.
         key: two integers in ``[0, 2**32)``.
     """
-    like = [2, *[1] * (counter.ndim - 1)]
-    multiplier = torch.tensor([_M0, _M1], device=counter.device).view(like)
-    rounds = [((key[0] + i * _W0) & _LOW, (key[1] + i * _W1) & _LOW) for i in range(10)]
-    keys = torch.tensor(rounds, device=counter.device).view(10, *like)
-    even, odd = counter[0::2], counter[1::2]
-    for i in range(10):
-        product = even * multiplier  # int64 wraps: the 64 bits are those of the unsigned product
-        even, odd = (product.flip(0) >> 32 & _LOW) ^ odd ^ keys[i], (product & _LOW).flip(0)
-    return torch.stack([even[0], odd[0], even[1], odd[1]])
+    c0, c1, c2, c3 = counter.unbind()
+    for i in range(10):  # with Python's numbers: a tensor of constants would be a copy from the host
+        key0, key1 = (key[0] + i * _W0) & _LOW, (key[1] + i * _W1) & _LOW
+        p0, p1 = c0 * _M0, c2 * _M1  # int64 wraps: the 64 bits are those of the unsigned product
+        c0, c1, c2, c3 = (p1 >> 32 & _LOW) ^ c1 ^ key0, p1 & _LOW, (p0 >> 32 & _LOW) ^ c3 ^ key1, p0 & _LOW
+    return torch.stack([c0, c1, c2, c3])
 
 
 def bits_reference(step: torch.Tensor, rows: int, cols: int, seed: int, stream: int, first_row: int) -> torch.Tensor:
@@ -281,8 +278,8 @@ def shuffled(position: torch.Tensor, n: int, *, seed: int) -> torch.Tensor:
     mixed evenly), with cycle walking.
 
     A CPU walks until all items are below ``n``. A GPU, which is not read back, takes as many steps as any walk may
-    have: one more than there are values to walk through, or :data:`_WALK` where that is less. Each step ends more than
-    half of the walks, so that one is cut short with probability below 2**-128, and its item is then out of range.
+    have, which is the number of values that are no items, or 128 where that is less: half of the values at least are
+    items then, so that a walk is cut short with probability below 2**-128, and gives an item out of range.
 
     Args:
         position: int64 ``[B]``, non-negative.
@@ -292,6 +289,11 @@ def shuffled(position: torch.Tensor, n: int, *, seed: int) -> torch.Tensor:
     Returns:
         int64 ``[B]`` with values in ``[0, n)``.
     """
+    return _shuffled(position, n, seed, look=position.is_cpu)
+
+
+def _shuffled(position: torch.Tensor, n: int, seed: int, look: bool) -> torch.Tensor:
+    """:func:`shuffled`; ``look``: whether to see if all walks have ended."""
     if n == 1:
         return torch.zeros_like(position)
     epoch, item = position // n, position % n
@@ -310,9 +312,9 @@ def shuffled(position: torch.Tensor, n: int, *, seed: int) -> torch.Tensor:
         return (left << right_bits) | right
 
     item = once(item)
-    for _ in range((1 << width) - n if position.is_cpu else min((1 << width) - n, _WALK)):
+    for _ in range((1 << width) - n if look else min((1 << width) - n, _WALK)):
         outside = item >= n
-        if position.is_cpu and not bool(outside.any()):
+        if look and not bool(outside.any()):
             break
         item = torch.where(outside, once(item), item)
     return item

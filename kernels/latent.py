@@ -8,7 +8,8 @@
 The step is read in the kernel, so that a captured launch goes on with the counter. Uniform numbers and integers equal
 :mod:`fastgan.noise` to the bit. Normal numbers are computed in fp64 by the steps of ``csrc/noise.cpp`` and rounded once
 (to bf16 and fp16 by way of fp32, as PyTorch does): with the same roundings they are equal to the bit, which the
-interpreter shows; a GPU fuses multiply-adds, which changes the last bits in fp64 and so about one fp32 number in 10^8.
+interpreter shows; a GPU fuses multiply-adds, which changes the last bits in fp64 and so a few fp32 numbers in 10^8, as
+many as differ from what is computed with 64 bits of mantissa.
 
 fp64 division and root are the only subroutines. The library's cosine has a slow path for large angles, which needs a
 stack; here an angle is less than a turn, and the quarter turns are taken off exactly.
