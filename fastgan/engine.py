@@ -493,8 +493,9 @@ class Engine:
         else:
             with self._arithmetic.matmul(self._products):
                 variant.run()
-        for updater in updaters:
-            updater.noted()
+        if variant.iteration is not None:
+            for updater, active in variant.iteration.active.items():
+                updater.noted(active)
         self.d_updates += self.n_critic
         self.images += self.n_critic * batch
         self.g_updates += self.generator is not None

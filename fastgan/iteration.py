@@ -85,7 +85,7 @@ class Iteration:
         real: places for real samples, ``[B, ...]`` for each discriminator update, in the data's dtype; empty where a
             feed fills them.
         fake: the same for given fakes, where there is no generator.
-        launches: how many of the calls are kernels' launches or torch ops that stand for one.
+        active: which of a player's parameters have a gradient, by player, after the last update with the loss.
     """
 
     def __init__(
@@ -109,6 +109,7 @@ class Iteration:
         self.calls: list[Call] = []
         self.real: list[Tensor] = []
         self.fake: list[Tensor] = []
+        self.active: dict[Updater, tuple[bool, ...]] = {}
         self._kept: list[object] = []
         for k, phases in enumerate(due):
             last = k == len(due) - 1
@@ -194,8 +195,9 @@ class Iteration:
     def _update(self, updater: Updater, plan: Plan, advance: list[tuple[Tensor, int]], ring: bool) -> None:
         self._add(*plan.program.calls)
         self._kept.append(plan)
+        self.active[updater] = plan.active(updater.params)
         self._add(*updater.calls(
-            plan.active(updater.params), squares=plan.squares, loss_scale=self.parts.loss_scale, advance=advance,
+            self.active[updater], squares=plan.squares, loss_scale=self.parts.loss_scale, advance=advance,
             ring=self.parts.ring if ring else None,
         ))  # fmt: skip
 
