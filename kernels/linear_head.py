@@ -336,4 +336,6 @@ def launches(dtype: torch.dtype) -> list[Launch]:
         for tile in configs.shipped("linear_head", dtype)
     ]  # fmt: skip
     alone = [head_launch(hidden, head(kind, player), adjoint) for kind in KINDS for player in PLAYERS]
+    if dtype == torch.float32:
+        fused.append(head_launch(hidden, head("hinge"), adjoint, weight, out))
     return [*fused, *alone, head_launch(hidden, head(None), adjoint, weight, out, precision="tf32")]
