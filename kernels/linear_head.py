@@ -50,12 +50,13 @@ def _dots(hidden_ptr, last_ptr, rows, mask, stop, k, stride_hidden, ACC: tl.cons
 @triton.jit
 def _linear_head_kernel(
     hidden_ptr, last_ptr, bias_ptr, weight_ptr, mask_ptr, adjoint_ptr, out_ptr,
-    logits_ptr, scales_ptr, loss_ptr, real_mean_ptr, fake_mean_ptr, loss_scale_ptr, partials_ptr, counter_ptr,
-    n_rows, n_chain, n_seeded, n_loss, real, fake, n, k,
+    logits_ptr, seeds_ptr, scales_ptr, loss_ptr, real_mean_ptr, fake_mean_ptr, loss_scale_ptr, partials_ptr,
+    counter_ptr, n_rows, n_chain, n_seeded, n_unscaled, n_loss, real, fake, n, k,
     stride_hidden, stride_weight, stride_mask, stride_adjoint, stride_out,
     KIND: tl.constexpr, PLAYER: tl.constexpr, COMPARES: tl.constexpr, HAS_REAL: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_LOGITS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LOSS_SCALE: tl.constexpr,
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, MASK_ACTIVATION: tl.constexpr, MASK_SLOPE: tl.constexpr,
+    HAS_SEEDS: tl.constexpr, HAS_SCALES: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    MASK_ACTIVATION: tl.constexpr, MASK_SLOPE: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
@@ -117,12 +118,16 @@ def _linear_head_kernel(
             acc *= derivative(below, MASK_ACTIVATION, MASK_SLOPE)
         tl.store(out_ptr + rows[:, None] * stride_out + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
 
+    if HAS_SEEDS:
+        tl.store(seeds_ptr + rows, seed.to(seeds_ptr.dtype.element_ty), mask=(rows < n_chain) & writes)
     if HAS_LOGITS:
         tl.store(logits_ptr + rows, logit.to(logits_ptr.dtype.element_ty), mask=(rows < n_rows) & writes)
     if KIND != "none":  # noqa: SIM102
         if writes:
             zero = tl.zeros_like(logit)
-            tl.store(scales_ptr + rows, slope.to(scales_ptr.dtype.element_ty), mask=has_slope)
+            if HAS_SCALES:
+                scaled = has_slope & (rows >= n_unscaled)
+                tl.store(scales_ptr + rows, slope.to(scales_ptr.dtype.element_ty), mask=scaled)
             at = partials_ptr + tl.program_id(0) * 3
             tl.store(at, tl.sum(tl.where(has_slope, value, zero)))
             tl.store(at + 1, tl.sum(tl.where(is_real, logit, zero)))
@@ -167,13 +172,15 @@ class Head:
         real: first of the real rows; ``None`` where a generator's loss does not compare with them.
         fake: first of the fake rows.
         logits: ``[R]`` wide, written; may be ``None`` without a loss.
-        scales: ``[R]`` wide: c is written in rows that have a loss, the others are left alone.
+        scales: ``[R]`` wide: c is written in rows that have a loss, the others are left alone. With ``seeds`` it may
+            be ``None``, or shorter, and has c only in rows whose chain begins with 1.
         loss: 0-dim wide, written: the mean.
         real_mean: 0-dim wide, written for a discriminator: the mean logit.
         fake_mean: likewise.
         counter: one int32, 0 before and after.
         loss_scale: 0-dim wide factor of c, or ``None``.
         partials: wide workspace of ``3 * ceil(R / 16)`` elements; made where it is ``None``.
+        seeds: ``[chain]``, written where given: what each row's chain begins with.
     """
 
     weight: torch.Tensor
@@ -195,6 +202,7 @@ class Head:
     counter: torch.Tensor | None = None
     loss_scale: torch.Tensor | None = None
     partials: torch.Tensor | None = None
+    seeds: torch.Tensor | None = None
 
 
 def head_launch(
@@ -268,16 +276,19 @@ def head_launch(
         _linear_head_kernel, (n_programs, triton.cdiv(n, tile.block_n)),
         {"hidden_ptr": hidden, "last_ptr": head.weight, "bias_ptr": at(head.bias), "weight_ptr": at(weight),
          "mask_ptr": at(mask), "adjoint_ptr": adjoint, "out_ptr": at(out), "logits_ptr": at(head.logits),
-         "scales_ptr": at(head.scales), "loss_ptr": at(head.loss), "real_mean_ptr": at(head.real_mean),
+         "seeds_ptr": at(head.seeds), "scales_ptr": at(head.scales), "loss_ptr": at(head.loss),
+         "real_mean_ptr": at(head.real_mean),
          "fake_mean_ptr": at(head.fake_mean), "loss_scale_ptr": at(head.loss_scale), "partials_ptr": partials,
          "counter_ptr": at(head.counter), "n_rows": n_rows, "n_chain": head.chain, "n_seeded": head.seeded,
-         "n_loss": head.n, "real": head.real or 0, "fake": head.fake, "n": n, "k": k,
+         "n_unscaled": 0 if head.seeds is None else head.seeded, "n_loss": head.n,
+         "real": head.real or 0, "fake": head.fake, "n": n, "k": k,
          "stride_hidden": hidden.stride(0), "stride_weight": 0 if weight is None else weight.stride(0),
          "stride_mask": 0 if mask is None else mask.stride(0), "stride_adjoint": adjoint.stride(0),
          "stride_out": 0 if out is None else out.stride(0), "KIND": head.kind or "none", "PLAYER": head.player,
          "COMPARES": head.kind == "relativistic", "HAS_REAL": head.real is not None, "HAS_BIAS": head.bias is not None,
          "HAS_LOGITS": has_logits, "HAS_WEIGHT": weight is not None, "HAS_MASK": mask is not None,
-         "HAS_LOSS_SCALE": head.loss_scale is not None, "ACTIVATION": head.activation, "SLOPE": float(head.slope),
+         "HAS_LOSS_SCALE": head.loss_scale is not None, "HAS_SEEDS": head.seeds is not None,
+         "HAS_SCALES": head.scales is not None, "ACTIVATION": head.activation, "SLOPE": float(head.slope),
          "MASK_ACTIVATION": mask_activation, "MASK_SLOPE": float(mask_slope),
          "PRECISION": input_precision(dtype, precision), "ACC": accumulator(dtype), "BLOCK_M": tile.block_m,
          "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_PROGRAMS": _BLOCK_PROGRAMS},
@@ -301,12 +312,21 @@ def _check_head(op: str, hidden: torch.Tensor, head: Head) -> None:
     check(h.kind in KINDS, op, f"head.kind is {h.kind!r}, expected one of {', '.join(KINDS)}")
     check(h.player in PLAYERS, op, f"head.player is {h.player!r}, expected one of {', '.join(PLAYERS)}")
     discriminator = h.player == "discriminator"
-    names = ["logits", "scales", "loss", "counter", *(["real", "real_mean", "fake_mean"] if discriminator else [])]
+    names = [
+        "logits",
+        *(["scales"] if h.seeds is None else []),
+        "loss",
+        "counter",
+        *(["real", "real_mean", "fake_mean"] if discriminator else []),
+    ]
     for name in [*names, *(["real"] if h.kind == "relativistic" else [])]:
         check(getattr(h, name) is not None, op, f"head.{name} is None, which the {h.player}'s {h.kind} loss needs")
-    for name, vector in (("logits", h.logits), ("scales", h.scales)):
-        assert vector is not None
-        check(vector.shape == (n_rows,), op, f"head.{name} has shape {tuple(vector.shape)}, expected ({n_rows},)")
+    lengths = {"logits": n_rows, "scales": n_rows, "seeds": h.chain}
+    for name, vector in (("logits", h.logits), ("seeds", h.seeds), ("scales", h.scales)):
+        if vector is None:
+            continue
+        long = (*vector.shape,) == (lengths[name],) or (name == "scales" and h.seeds is not None)
+        check(long, op, f"head.{name} has shape {tuple(vector.shape)}, expected ({lengths[name]},)")
         check(vector.is_contiguous(), op, f"head.{name} is not contiguous")
     check(h.counter is None or h.counter.dtype == torch.int32, op, "head.counter is not of dtype torch.int32")
     check(h.n > 0, op, f"head.n is {h.n}, expected > 0")
@@ -326,7 +346,8 @@ def launches(dtype: torch.dtype) -> list[Launch]:
 
     def head(kind: str | None, player: str = "discriminator") -> Head:
         return Head(
-            hidden[0], wide[:1], chain=128, seeded=128, kind=kind, player=player, n=64, real=0, fake=64, logits=wide,
+            hidden[0], wide[:1], seeds=hidden.view(-1)[:128], chain=128, seeded=128,
+            kind=kind, player=player, n=64, real=0, fake=64, logits=wide,
             scales=wide, loss=zero, real_mean=zero, fake_mean=zero, counter=counter, loss_scale=zero, partials=wide,
         )  # fmt: skip
 
