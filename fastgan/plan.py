@@ -64,6 +64,9 @@ class Setting:
         reduced: of everything but penalties and losses.
         operand: a parameter in a dtype.
         gradients: where each trained parameter's gradient goes.
+        kernels: whether plans are lowered to kernels. They accumulate in fp32 whatever the operands are, so that
+            penalties stay in the update's one stack; without them penalties have a part of their own in ``dtype``.
+        loss_scale: what fp16 gradients are multiplied by, 0-dim, or ``None``.
     """
 
     device: torch.device
@@ -71,6 +74,12 @@ class Setting:
     reduced: torch.dtype
     operand: Callable[[Tensor, torch.dtype], Tensor]
     gradients: Mapping[Tensor, Tensor]
+    kernels: bool = False
+    loss_scale: Tensor | None = None
+
+    def operands(self, adversarial: bool) -> torch.dtype:
+        """Of the products of an update with the loss, or with penalties alone."""
+        return self.reduced if adversarial or self.kernels else self.dtype
 
 
 def loss_kind(loss: losses.Loss) -> str | None:
@@ -110,7 +119,7 @@ def refusal(
                 return f"{what} has a single value per channel"
         if isinstance(layer, Linear) and len(layer.shape) != 1:
             return f"{what} acts on rows of {len(layer.shape)} dimensions"
-        if setting.reduced != setting.dtype and not _runs_reduced(layer) and adversarial:
+        if setting.operands(adversarial) != setting.dtype and not _runs_reduced(layer):
             return f"{what} is not planned in {str(setting.reduced).removeprefix('torch.')}"
     return None
 
@@ -162,7 +171,7 @@ def _whole(
     metrics: Mapping[str, Tensor], share: float = 1.0,
 ) -> Plan:  # fmt: skip
     plan = Plan()
-    if loss is not None and penalties and setting.reduced != setting.dtype:  # penalties are in full precision
+    if loss is not None and penalties and setting.reduced != setting.operands(False):  # penalties in full precision
         _update(plan, network, loss, (), 1, batch, setting, setting.reduced, metrics, share)
         apart = Plan(program=plan.program, trained=plan.trained, buffers=plan.buffers)
         _update(apart, network, None, penalties, every, batch, setting, setting.dtype, metrics, share)
@@ -171,7 +180,7 @@ def _whole(
                 plan.inputs[f"{name} again"] = apart.inputs.pop(name)
         plan.inputs.update(apart.inputs)
     else:
-        dtype = setting.reduced if loss is not None else setting.dtype
+        dtype = setting.operands(loss is not None)
         _update(plan, network, loss, penalties, every, batch, setting, dtype, metrics, share)
     return plan
 
@@ -216,7 +225,7 @@ def _in_parts(
     for k in range(parts):
         for name, place in part.inputs.items():
             source = plan.inputs[name][k * len(place) : (k + 1) * len(place)]
-            plan.program.add(partial(place.copy_, source), place, source)
+            plan.program.add(steps.copy(source, place), place, source)
         plan.program.extend(part.program)
         for key, t in metrics.items():
             plan.program.add(partial(t.add_, of_part[key], alpha=1 / parts), t)
@@ -267,21 +276,22 @@ def _update(
         logits, seeds, after = _in_full(s, setting.dtype, logits, scales)
         values = [metrics[k] for k in ("d_loss", "d_real", "d_fake")]
         tensors = (logits["real"], logits["fake"], seeds["real"], seeds["fake"])
-        program.add(steps.discriminator_loss(loss, *tensors, *values), *tensors)
+        call = steps.discriminator_loss(loss, *tensors, *values, loss_scale=setting.loss_scale)
+        program.add(call, *tensors)
         after()
     ones = slice(s.chain, s.left) if split else s.tail
     if places:
-        program.add(partial(s.adjoint(out, ones).fill_, 1))
+        program.add(steps.fill(s.adjoint(out, ones), 1))
     if split:
         rules.chain(s, ones, s.tail, below=True)
-        _penalise(s, rows, places, every, metrics["penalty"])
+        _penalise(s, rows, places, every, metrics["penalty"], setting)
         rules.sweep(s)
         rules.chain(s, chained, chained, below=False, curvature=True)
         rules.gradients(s, None, n_loss)
     else:
         rules.chain(s, chained, chained, below=True)
         if places:
-            _penalise(s, rows, places, every, metrics["penalty"])
+            _penalise(s, rows, places, every, metrics["penalty"], setting)
             rules.sweep(s)
             s.join(weights[s.shared] if weights is not None else None)
         rules.gradients(s, weights, n_loss)
@@ -337,22 +347,23 @@ def _in_full(
     wide = {p: s.new(*t.shape, dtype=dtype) for p, t in logits.items()}
     seeds = {p: s.new(*t.shape, dtype=dtype) for p, t in scales.items()}
     for p, t in logits.items():
-        s.program.add(partial(wide[p].copy_, t), wide[p], t)
+        s.program.add(steps.copy(t, wide[p]), wide[p], t)
 
     def after() -> None:
         for p, t in scales.items():
-            s.program.add(partial(t.copy_, seeds[p]), seeds[p], t)
+            s.program.add(steps.copy(seeds[p], t), seeds[p], t)
 
     return wide, seeds, after
 
 
 def _penalise(
-    s: Stack, rows: Mapping[str, slice], places: Mapping[str, list[Penalty]], every: int, value: Tensor
-) -> None:
+    s: Stack, rows: Mapping[str, slice], places: Mapping[str, list[Penalty]], every: int, value: Tensor,
+    setting: Setting,
+) -> None:  # fmt: skip
     """The penalties' values and the direction r_0 of the sweep, from the gradients to the samples."""
     g, r = s.adjoint(0, slice(s.left - s.n_tail, s.left)), s.tangent(0)
     count = sum(map(len, places.values()))
-    values = s.new(count)
+    values = s.new(count, dtype=setting.dtype)
     k = 0
     for p, penalties in places.items():
         part = slice(rows[p].start - s.tail.start, rows[p].stop - s.tail.start)
@@ -361,11 +372,12 @@ def _penalise(
             weight = penalty.weight if isinstance(penalty, GradientPenalty | DRAGAN) else penalty.gamma / 2  # type: ignore[attr-defined]
             target = penalty.target if isinstance(penalty, GradientPenalty | DRAGAN) else 0.0
             call = steps.penalty(
-                g[part], r[part], values[k], norm=norm, weight=weight, target=target, scale=every, add=j > 0
-            )
+                g[part], r[part], values[k], norm=norm, weight=weight, target=target, scale=every, add=j > 0,
+                loss_scale=setting.loss_scale,
+            )  # fmt: skip
             s.program.add(call, g[part], r[part])
             k += 1
-    s.program.add(partial(torch.sum, values, 0, out=value), values)
+    s.program.add(steps.total(values, value), values)
 
 
 # ---- the generator
@@ -410,7 +422,7 @@ def generator(
     logits = {s.name: d.value(out, s.rows).reshape(-1) for s in segments}
     logits, seeds, after = _in_full(d, setting.dtype, logits, scales)
     real = logits.get("real")
-    call = steps.generator_loss(loss, logits["fake"], real, seeds["fake"], metrics["g_loss"])
+    call = steps.generator_loss(loss, logits["fake"], real, seeds["fake"], metrics["g_loss"], setting.loss_scale)
     plan.program.add(call, logits["fake"], real, seeds["fake"])
     after()
     rules.chain(d, fake, fake, below=False)
@@ -431,5 +443,5 @@ def _stack(
         plan.program, network, segments, chain=chain, tail=tail, shared=shared, split=split, dtype=dtype,
         device=setting.device, operand=lambda p: setting.operand(p, dtype), gradients=gradients,
         input_gradient=input_gradient, output=output, output_adjoint=output_adjoint, mixed=mixed,
-        trained=plan.trained, share=share,
+        trained=plan.trained, share=share, kernels=setting.kernels,
     )  # fmt: skip

@@ -179,9 +179,7 @@ class Planner:
         """The plan, with the calls before it that cast the parameters it uses."""
         self._casts = []
         made = make()
-        program = made.program
-        program.calls[:0] = self._casts
-        program.kinds[:0] = ["other"] * len(self._casts)
+        made.program.prepend(self._casts)
         return made
 
     def _operand(self, p: Tensor, dtype: torch.dtype) -> Tensor:
