@@ -121,7 +121,8 @@ class Stack:
         operand: a parameter's tensor in ``dtype``.
         gradients: where the gradient of each trained parameter goes; nothing is trained where empty.
         input_gradient: whether the chain goes on to the network's input in all its rows.
-        output, output_adjoint: the buffers of the network's output, where they are given.
+        input, output, output_adjoint: the buffers of the network's input and output, where they are given.
+        before: further rows of memory just before those of the input.
         mixed: rows of the input that are never formed, as the first layer is affine.
         trained: takes the parameters whose gradient is written; one that is there already is added to.
         share: below 1, all gradients are added that much of, to what is there.
@@ -144,8 +145,10 @@ class Stack:
         operand: Callable[[Tensor], Tensor],
         gradients: Mapping[Tensor, Tensor] | None = None,
         input_gradient: bool = False,
+        input: Tensor | None = None,
         output: Tensor | None = None,
         output_adjoint: Tensor | None = None,
+        before: int = 0,
         mixed: Interpolation | None = None,
         trained: set[Tensor] | None = None,
         share: float = 1.0,
@@ -185,7 +188,12 @@ class Stack:
         # tangents take the place of their rows' values unless something needs both
         self.separate_tangents = not split and bool(shared or not all(map(self._keeps_its_mask, range(len(layers)))))
         self.overwrites = not split and not self.separate_tangents
-        self.a = self._buffers(lambda v: max(self.rows, self.left), output)
+        rows = max(self.rows, self.left)
+        self.before: Tensor | None = None  # them and those of the input
+        if before:
+            self.before = self.new(before + rows, *self.shape(0))
+            input = self.before[before:]
+        self.a = self._buffers(lambda v: rows, output, input)
         self.u = self._buffers(lambda v: self.left if self.upstream[v] else self.n_tail, output_adjoint)
         self.r: dict[int, Tensor] = {}
 
@@ -217,7 +225,9 @@ class Stack:
             self.program.scratch.add(self._scratch[slot, n].data_ptr())
         return self._scratch[slot, n].view(shape)
 
-    def _buffers(self, rows: Callable[[int], int], output: Tensor | None = None) -> dict[int, Tensor]:
+    def _buffers(
+        self, rows: Callable[[int], int], output: Tensor | None = None, input: Tensor | None = None
+    ) -> dict[int, Tensor]:
         out: dict[int, Tensor] = {}
         last = self.root(len(self.network.layers))
         for v in range(len(self.network.layers) + 1):
@@ -226,6 +236,8 @@ class Stack:
                 out[v] = t.view(len(t), *self.shape(v))
             elif v == last and output is not None:
                 out[v] = output.view(-1, *self.shape(v))
+            elif v == 0 and input is not None:
+                out[v] = input.view(-1, *self.shape(v))
             elif rows(v):
                 out[v] = self.new(rows(v), *self.shape(v))
             else:
