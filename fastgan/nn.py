@@ -50,6 +50,12 @@ def _autocast(*tensors: Tensor | None) -> list[Any]:
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _precision() -> str:
+    """Of fp32 products; torch.compile compiles again where the setting behind it changes."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
 def _check(layer: nn.Module, activation: str, slope: float, backend: Backend | None) -> None:
     if activation not in ACTIVATIONS:
         raise unknown("activation", activation, ACTIVATIONS)
@@ -96,10 +102,8 @@ class LinearAct(nn.Linear):
         from fastgan.kernels.linear_lrelu import linear_lrelu  # needs Triton
 
         input, weight, bias = _autocast(input, weight, bias)
-        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-        return linear_lrelu(
-            input, weight, bias, activation=self.activation, slope=self.slope, precision=precision, backend="triton"
-        )
+        how: Any = {"activation": self.activation, "slope": self.slope, "precision": _precision()}
+        return linear_lrelu(input, weight, bias, backend="triton", **how)
 
     def extra_repr(self) -> str:
         slope = f"({self.slope:g})" if self.activation == "leaky-relu" else ""

@@ -187,8 +187,8 @@ _FORMULAS = {
 
 
 def adversarial_loss_launch(
-    kind: Kind,
-    player: Player,
+    kind: str,
+    player: str,
     real: Tensor | None,
     fake: Tensor,
     real_scale: Tensor | None,

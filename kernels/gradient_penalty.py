@@ -122,7 +122,7 @@ def gradient_penalty_launch(
     rows_value: torch.Tensor,
     counter: torch.Tensor,
     *,
-    kind: Kind,
+    kind: str,
     weight: float,
     target: float,
     scale: float = 1.0,
