@@ -90,6 +90,7 @@ def _record(module: nn.Module, example: Tensor) -> _Recorder:
         finally:
             for hook in hooks:
                 hook.remove()
+                nn.modules.module._global_forward_hooks_with_kwargs.pop(hook.id, None)  # torch leaves it there
     if _host_random_state() != before:
         raise Unreadable("it draws random numbers of Python or numpy when it is called")
     if not isinstance(out, Tensor):

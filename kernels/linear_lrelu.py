@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch.utils.flop_counter import register_flop_formula
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastgan.backend import Backend, resolve
@@ -315,6 +316,16 @@ _define(
     "linear_lrelu_mask(Tensor dy, Tensor y, str activation, float slope) -> Tensor",
     _mask, _mask_fake, _mask_setup, _mask_backward,
 )  # fmt: skip
+
+
+@register_flop_formula(torch.ops.fastgan.linear_lrelu)
+def _forward_flops(x_shape, weight_shape, *args, **kwargs):
+    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
+
+
+@register_flop_formula(torch.ops.fastgan.linear_lrelu_product)
+def _product_flops(a_shape, b_shape, a_transposed, b_transposed, *args, **kwargs):
+    return 2 * a_shape[0] * a_shape[1] * b_shape[0 if b_transposed else 1]
 
 
 # ---- public
