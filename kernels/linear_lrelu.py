@@ -28,7 +28,7 @@ from torch.utils.flop_counter import register_flop_formula
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastgan.backend import Backend, resolve
-from fastgan.kernels import configs, linear_mixed
+from fastgan.kernels import configs, linear_head, linear_mixed, linear_penalty
 from fastgan.kernels._device import activate, derivative
 from fastgan.kernels._launch import Launch, accumulator, check, check_dtype, grid_1d
 from fastgan.kernels._matrix import (
@@ -60,7 +60,7 @@ def linear_lrelu_reference(
     """The formula above in PyTorch ops; the precision of its fp32 products is PyTorch's setting."""
     z = torch.nn.functional.linear(x, weight, bias)
     if activation == "leaky-relu":
-        return torch.nn.functional.leaky_relu(z, slope)
+        return torch.relu(z) if slope == 0 else torch.nn.functional.leaky_relu(z, slope)
     if activation == "identity":
         return z
     return torch.tanh(z) if activation == "tanh" else torch.sigmoid(z)
@@ -427,7 +427,9 @@ def _launches(dtype: torch.dtype) -> list[Launch]:
         launches.append(_mask_launch(x, y, y, activation, 0.2))
     for a_transposed, transposed in ((True, True), (True, False)):
         launches.append(_product_launch(x, weight, y, a_transposed, transposed, None, None, "identity", 0.0, precision))
-    return launches + linear_mixed.launches(dtype)  # which is no op of its own
+    for module in (linear_mixed, linear_head, linear_penalty):  # which are no ops of their own
+        launches += module.launches(dtype)
+    return launches
 
 
 def _bytes_moved(s: Sample) -> int:
