@@ -472,15 +472,15 @@ def test_fp16_scale_halves_on_overflow_and_grows_after_good_steps() -> None:
     e = engine(networks=(g, d), precision="fp16", loss="wasserstein")
     for _ in range(4):
         e.d_step(real() * 1e-2)
-    start, skipped = e._scale.item(), e.metrics()["skipped_steps"]
+    start, skipped = e._loss_scale.scale.item(), e.metrics()["skipped_steps"]
     kept = weights(d)
     e.d_step(real() * 1e4)  # the scaled gradient of the first layer is beyond fp16
-    assert e._scale.item() == start / 2
+    assert e._loss_scale.scale.item() == start / 2
     assert e.metrics()["skipped_steps"] == skipped + 1
     assert torch.equal(kept, weights(d))
-    e._good_steps.fill_(1999)
+    e._loss_scale.good_steps.fill_(1999)
     e.d_step(real() * 1e-2)
-    assert e._scale.item() == start
+    assert e._loss_scale.scale.item() == start
 
 
 def test_fp16_scale_survives_many_bad_batches() -> None:
@@ -666,7 +666,10 @@ def test_a_state_of_other_networks_is_refused_by_name_and_changes_nothing() -> N
         ({"ema": "half"}, "Engine: ema is 'half', expected None, a decay or fastgan.EMA"),
         ({"loss": None}, "loss is None, expected a name or a fastgan.losses.Loss"),
         ({"device": "meta"}, "Engine: device is 'meta', expected 'auto', 'cpu' or 'cuda'"),
-        ({"backend": "triton"}, "Engine: backend is 'triton', but no phase has Triton kernels"),
+        ({"executor": "graph"}, "Engine: executor is 'graph', but device is cpu: graphs need a CUDA device"),
+        ({"executor": "dependent"}, "Engine: executor is 'dependent', but device is cpu: graphs need a CUDA device"),
+        ({"executor": "persistent"}, "Engine: executor is 'persistent', which runs kernels: see backend"),
+        ({"executor": "grpah"}, "executor is 'grpah'"),
         ({"backend": "cuda"}, "unknown backend 'cuda'"),
         ({"device": "gpu0"}, "Engine: device is 'gpu0'"),
         ({"ema": 1.5}, "EMA: decay is 1.5"),
