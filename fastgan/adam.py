@@ -4,9 +4,10 @@
 ``m += (g - m)(1 - b1); v = b2 v + (1 - b2) g^2; p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)``
 
 With weight decay, Adam adds ``weight_decay * p`` to ``g`` and AdamW takes ``lr * weight_decay * p`` from ``p`` first.
-Then, skipped or not: clamp, average, bf16 copy, gradients to zero, each where asked for. A parameter without a
+Then, skipped or not: clamp, average, bf16 or fp16 copy, gradients to zero, each where asked for. A parameter without a
 gradient keeps its values, moments and step count, as in ``torch.optim``. What changes from step to step is read from
-tensors, so that one call can be made once and repeated. The native pass and the reference here have one interface.
+tensors, so that one call can be made once and repeated. The native pass, the Triton one and the reference here have one
+interface; what the last two do besides (loss scale, counters, ring of metrics) is what a captured iteration needs.
 
 Sources: Kingma and Ba 2015 (arXiv:1412.6980); Loshchilov and Hutter 2019 (arXiv:1711.05101).
 """
@@ -15,19 +16,68 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastgan._native import ext
 from fastgan.arena import PAD, Arena
+from fastgan.backend import Backend, resolve
 
 if TYPE_CHECKING:
     from fastgan.ema import Average
+    from fastgan.kernels._launch import Launch
     from fastgan.optim import Adam
 
 Call = tuple[Callable[..., None], tuple[Any, ...]]
+
+_SCALE_START, _SCALE_LEAST, _SCALE_GROWTH_INTERVAL = 2.0**16, 2.0**-14, 2000  # kernels/_adam.py has the last two again
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """What an fp16 loss is multiplied by before it is differentiated, kept on the device.
+
+    Attributes:
+        scale: fp32 0-dim.
+        good_steps: updates since it changed, int64 0-dim.
+    """
+
+    scale: torch.Tensor
+    good_steps: torch.Tensor
+
+    @classmethod
+    def on(cls, device: torch.device) -> LossScale:
+        """With its first value."""
+        return cls(torch.full((), _SCALE_START, device=device), torch.zeros((), dtype=torch.int64, device=device))
+
+    @torch.no_grad()
+    def adapt(self, grad_norm: torch.Tensor) -> None:
+        """Twice as much after 2000 good updates, half where a gradient was not finite; nothing is read back."""
+        good = torch.isfinite(grad_norm)
+        self.good_steps.copy_(torch.where(good, self.good_steps + 1, 0))
+        grow = self.good_steps >= _SCALE_GROWTH_INTERVAL
+        self.scale.mul_(torch.where(good, torch.where(grow, 2.0, 1.0), 0.5)).clamp_(min=_SCALE_LEAST)
+        self.good_steps.mul_(~grow)
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Where the numbers of the last updates are kept until the host asks.
+
+    Attributes:
+        values: ``[n]``, copied as they are after an update; they may be what the update writes, such as its norm.
+        rows: ``[R, n]`` of the same dtype.
+        slot: number of the next row, modulo R, int64 0-dim; every update adds 1.
+    """
+
+    values: torch.Tensor
+    rows: torch.Tensor
+    slot: torch.Tensor
+
+
+Advance = Sequence[tuple[torch.Tensor, int]]
 
 
 class AdamState:
@@ -100,15 +150,27 @@ class AdamReference(AdamPass):
         self._squares = torch.empty(len(self._owner), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def run(self, active: torch.Tensor) -> None:
-        """Update the parameters ``active``, uint8 ``[n]``, marks."""
+    def run(
+        self,
+        active: torch.Tensor,
+        *,
+        squares: torch.Tensor | None = None,
+        loss_scale: LossScale | None = None,
+        advance: Advance = (),
+        ring: Ring | None = None,
+    ) -> None:
+        """Make an update; see :meth:`AdamTriton.launches`."""
         arena, state, rule = self.arena, self.state, self.rule
         p, grad, m, v = (t.view(-1, PAD) for t in (arena.flat, arena.grad, arena.exp_avg, arena.exp_avg_sq))
         has_gradient = active.bool()
-        torch.linalg.vector_norm(grad, dim=1, dtype=torch.float64, out=self._squares)
-        self._squares.square_().masked_fill_(~has_gradient[self._owner], 0)
+        if squares is None:
+            torch.linalg.vector_norm(grad, dim=1, dtype=torch.float64, out=self._squares)
+            squares = self._squares.square_().masked_fill_(~has_gradient[self._owner], 0)
+        total = squares.sum(dtype=torch.float64)
+        if loss_scale is not None:
+            total = total / loss_scale.scale.double() ** 2
         # in the parameters' own type: a square that is not finite there would stay in the second moment for good
-        total = self._squares.sum().to(p.dtype)
+        total = total.to(p.dtype)
         finite = torch.isfinite(total)
         state.grad_norm.copy_(total.double().sqrt())
         state.skipped.add_(~finite)
@@ -122,9 +184,9 @@ class AdamReference(AdamPass):
         rate = (lr / (1 - rule.betas[0] ** t)).to(p.dtype)[self._owner].unsqueeze(1)
         root = (1 - rule.betas[1] ** t).rsqrt().to(p.dtype)[self._owner].unsqueeze(1)
         torch.logical_and(self._inside.view(-1, PAD), goes[self._owner].unsqueeze(1), out=self._mask)
-        g = grad
+        g = grad if loss_scale is None else torch.div(grad, loss_scale.scale, out=self._a)
         if rule.weight_decay and not rule.decoupled:
-            g = torch.add(grad, p, alpha=rule.weight_decay, out=self._a)
+            g = torch.add(g, p, alpha=rule.weight_decay, out=self._a)
         new = torch.sub(g, m, out=self._b).mul_(1 - rule.betas[0]).add_(m)
         torch.where(self._mask, new, m, out=m)
         new = torch.mul(g, g, out=self._b).mul_(1 - rule.betas[1]).add_(v, alpha=rule.betas[1])
@@ -144,6 +206,13 @@ class AdamReference(AdamPass):
         arena.refresh()
         if self.zero_grad:
             arena.grad.zero_()
+        if loss_scale is not None:
+            loss_scale.adapt(total)
+        for count, by in advance:
+            count.add_(by)
+        if ring is not None:
+            ring.rows.index_copy_(0, (ring.slot % len(ring.rows)).view(1), ring.values.unsqueeze(0))
+            ring.slot.add_(1)
 
     def call(self, active: torch.Tensor) -> Call:
         return self.run, (active,)
@@ -183,9 +252,101 @@ class AdamNative(AdamPass):
         return self._pass.run, (active.data_ptr(), torch.get_num_threads())
 
 
-def pass_for(arena: Arena) -> type[AdamPass]:
-    """Native where the extension was built and the network is on the CPU."""
-    return AdamNative if ext is not None and arena.flat.device.type == "cpu" else AdamReference
+class AdamTriton(AdamPass):
+    """The update as one launch of a Triton kernel (``kernels/adam_ema.py``), and one before it that sums squares."""
+
+    def _prepare(self) -> None:
+        from fastgan.kernels._adam import Updated, settings_of
+        from fastgan.kernels.adam_ema import blocks_of, squares_of
+
+        arena, state, rule, average = self.arena, self.state, self.rule, self.average
+        device, dtype = arena.flat.device, arena.flat.dtype
+        schedule = rule.schedule
+        ema = average.rule if average is not None and arena.average is not None else None
+        follows = "none"
+        if ema is not None:
+            follows = "decay" if ema.decay is not None else "halflife" if ema.rampup is None else "rampup"
+        self._updated = Updated(
+            arena.flat, arena.exp_avg, arena.exp_avg_sq, arena.grad, steps=state.steps,
+            active=mark([True] * len(arena.params), device), update=self.update, skipped=state.skipped,
+            grad_norm=state.grad_norm, counter=torch.zeros((), dtype=torch.int32, device=device),
+            settings=settings_of(
+                device, dtype, lr=rule.lr, betas=rule.betas, eps=rule.eps, weight_decay=rule.weight_decay,
+                clip=self.clip or 0.0, start=schedule.start if schedule else 0,
+                steps=schedule.steps if schedule else 0, final=schedule.final if schedule else 0.0,
+                warmup=schedule.warmup if schedule else 0,
+                ema_weight=1 - ema.decay if ema is not None and ema.decay is not None else 0.0,
+                halflife=1000 * (ema.halflife_kimg or 0.0) if ema is not None else 0.0,
+                rampup=ema.rampup or 0.0 if ema is not None else 0.0,
+            ),
+            decay="none" if not rule.weight_decay else "parameter" if rule.decoupled else "gradient",
+            schedule=schedule.kind if schedule else "constant", warmup=bool(schedule and schedule.warmup),
+            follows=follows, average=arena.average if ema else None,
+            images=average.images if ema and average else None,
+            averaged=average.averaged if ema and average else None,
+            low=arena.low if arena.has_low else None, clip=self.clip is not None, zero_grad=self.zero_grad,
+            offsets=tuple(arena.offsets),
+        )  # fmt: skip
+        self._blocks = blocks_of(arena.offsets, [p.numel() for p in arena.params], device)
+        self._squares = squares_of(self._blocks)
+
+    def launches(
+        self,
+        active: torch.Tensor,
+        *,
+        squares: torch.Tensor | None = None,
+        loss_scale: LossScale | None = None,
+        advance: Advance = (),
+        ring: Ring | None = None,
+    ) -> list[Launch]:
+        """The update as launches that can be repeated: one where ``squares`` are given, else two.
+
+        Args:
+            active: uint8 ``[n]``, which parameters have a gradient, the same at every step.
+            squares: partial sums of the squares of the gradients in ``arena.grad``, fp64 or fp32 ``[any]``, as
+                ``weight_gradient_launch`` writes them; nothing of parameters without a gradient may be in them.
+            loss_scale: ``arena.grad`` holds gradients times this. They are divided, guarded, and it is adapted.
+            advance: counters (int64 0-dim), at most three, and what is added to each after all else.
+            ring: takes a row of values last.
+        """
+        from fastgan.kernels.adam_ema import adam_ema_launch, squares_launch
+
+        updated = replace(self._updated, active=active, **_extras(loss_scale, advance, ring))
+        first = [squares_launch(self.arena.grad, self._blocks, active, self._squares)] if squares is None else []
+        return [*first, adam_ema_launch(updated, self._blocks, self._squares if squares is None else squares)]
+
+    def updated(self, *, loss_scale: LossScale | None = None, advance: Advance = (), ring: Ring | None = None) -> Any:
+        """The tensors, as ``weight_gradient_launch(adam=...)`` takes them; arguments as for :meth:`launches`."""
+        return replace(self._updated, **_extras(loss_scale, advance, ring))
+
+    def call(self, active: torch.Tensor) -> Call:
+        return _in_turn, (self.launches(active),)
+
+
+def _extras(loss_scale: LossScale | None, advance: Advance, ring: Ring | None) -> dict[str, Any]:
+    return {
+        "scale": loss_scale.scale if loss_scale else None, "good_steps": loss_scale.good_steps if loss_scale else None,
+        "advance": tuple(advance), "ring": (ring.values, ring.rows, ring.slot) if ring else None,
+    }  # fmt: skip
+
+
+def _in_turn(launches: Sequence[Launch]) -> None:
+    for launch in launches:
+        launch()
+
+
+def pass_for(arena: Arena, backend: Backend | None = None) -> type[AdamPass]:
+    """Triton on a GPU, native on the CPU where the extension was built and can, else the reference.
+
+    Args:
+        arena: of the parameters.
+        backend: see :func:`fastgan.backend.resolve`; on the CPU, where Triton interprets, ``"triton"`` must be given.
+    """
+    on_cpu = arena.flat.device.type == "cpu"
+    if (not on_cpu or backend == "triton") and resolve("adam_ema", backend, arena.flat) == "triton":
+        return AdamTriton
+    native = ext is not None and on_cpu and arena.low_dtype in (None, torch.bfloat16)
+    return AdamNative if native else AdamReference
 
 
 def mark(active: Sequence[bool], device: torch.device) -> torch.Tensor:

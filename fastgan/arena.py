@@ -119,16 +119,32 @@ class Arena:
     def low(self) -> torch.Tensor:
         """The parameters in bf16, ``[size]``: made when first asked for, from then on written by every update.
 
-        A change by the user reaches it with the next update, or with :meth:`refresh`.
+        A change by the user reaches it with the next update, or with :meth:`refresh`. In fp16 where :meth:`lower` was
+        asked for that before.
+        """
+        return self.lower(torch.bfloat16 if self._low is None else self._low.dtype)
+
+    def lower(self, dtype: torch.dtype) -> torch.Tensor:
+        """:attr:`low` in bf16 or fp16; an arena has one of them.
+
+        Raises:
+            InputError: it is there in the other.
         """
         if self._low is None:
-            self._low = self.flat.bfloat16()
+            self._low = self.flat.to(dtype)
+        if self._low.dtype != dtype:
+            raise InputError(f"Arena: the copy of the parameters is {self._low.dtype}, expected {dtype}")
         return self._low
 
     @property
     def has_low(self) -> bool:
         """Whether :attr:`low` was asked for."""
         return self._low is not None
+
+    @property
+    def low_dtype(self) -> torch.dtype | None:
+        """Of :attr:`low`, where it was asked for."""
+        return None if self._low is None else self._low.dtype
 
     def refresh(self) -> None:
         """Write the parameters to :attr:`low` again."""

@@ -18,6 +18,7 @@ from torch import nn
 
 from fastgan import costs, losses, noise
 from fastgan import ema as averaging
+from fastgan.adam import LossScale
 from fastgan.arithmetic import Arithmetic
 from fastgan.autograd import Autograd, Points, Samples
 from fastgan.backend import Backend, checked
@@ -38,7 +39,6 @@ State = dict[str, Any]
 _LOG = logging.getLogger(__name__)
 _METRICS = ("d_loss", "g_loss", "d_real", "d_fake")
 _MIXES_ROWS = (nn.modules.batchnorm._BatchNorm,)
-_SCALE_START, _SCALE_LEAST, _SCALE_GROWTH_INTERVAL = 2.0**16, 2.0**-14, 2000
 
 
 class Engine:
@@ -151,12 +151,11 @@ class Engine:
         self._metrics = torch.full((len(_METRICS),), math.nan, dtype=self.dtype, device=self.device)
         intervals = [phase.every for phase in self.phases if phase.penalties]
         self._penalty = {every: torch.full_like(self._metrics[0], math.nan) for every in intervals}
-        self._scale = torch.full((), _SCALE_START, device=self.device)
-        self._good_steps = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._loss_scale = LossScale.on(self.device)
         self._warn_of_mixed_rows()
         self._autograd = Autograd(
             self.generator, discriminator, loss=self.loss, arithmetic=self._arithmetic, dtype=self.dtype,
-            packed=self.packed, scale=self._scale,
+            packed=self.packed, scale=self._loss_scale.scale,
         )  # fmt: skip
         self._autograd.sigmoid = self._sigmoid
         self._measured = self._named_metrics()
@@ -452,7 +451,7 @@ class Engine:
             grads = self._autograd.discriminator_gradients(phase, points, self._d.params, self._measured)
             self._d.apply(grads)
             if self.precision == "fp16" and phase.adversarial:
-                self._adapt_scale(self._d.grad_norm)
+                self._loss_scale.adapt(self._d.grad_norm)
         self.d_updates += 1
         self.images += batch
         self._d_count.add_(1)
@@ -588,17 +587,9 @@ class Engine:
             grads = self._autograd.generator_gradients(z, real, labels, self._g.params, self._measured["g_loss"])
             self._g.apply(grads)
             if self.precision == "fp16":
-                self._adapt_scale(self._g.grad_norm)
+                self._loss_scale.adapt(self._g.grad_norm)
         self.g_updates += 1
         self._g_count.add_(1)
-
-    @torch.no_grad()
-    def _adapt_scale(self, grad_norm: torch.Tensor) -> None:
-        good = torch.isfinite(grad_norm)
-        self._good_steps.copy_(torch.where(good, self._good_steps + 1, 0))
-        grow = self._good_steps >= _SCALE_GROWTH_INTERVAL
-        self._scale.mul_(torch.where(good, torch.where(grow, 2.0, 1.0), 0.5)).clamp_(min=_SCALE_LEAST)
-        self._good_steps.mul_(~grow)
 
     # ---- what came of it
 
@@ -777,7 +768,7 @@ class Engine:
             "metrics": self._metrics,
             "penalty": list(self._penalty.values()),
             "seed": self.seed,
-            "loss_scale": {"scale": self._scale, "good_steps": self._good_steps},
+            "loss_scale": {"scale": self._loss_scale.scale, "good_steps": self._loss_scale.good_steps},
             "torch_rng": {"cpu": torch.get_rng_state()}
             | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}),
         }
@@ -811,8 +802,8 @@ class Engine:
             self._metrics.copy_(state["metrics"])
             for penalty, saved in zip(self._penalty.values(), state["penalty"], strict=False):
                 penalty.copy_(saved)
-            self._scale.copy_(state["loss_scale"]["scale"])
-            self._good_steps.copy_(state["loss_scale"]["good_steps"])
+            self._loss_scale.scale.copy_(state["loss_scale"]["scale"])
+            self._loss_scale.good_steps.copy_(state["loss_scale"]["good_steps"])
         self.seed = int(state["seed"])
         torch.set_rng_state(state["torch_rng"]["cpu"].cpu())
         if self.device.type == "cuda" and "cuda" in state["torch_rng"]:

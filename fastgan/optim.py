@@ -16,6 +16,7 @@ from torch import nn
 from fastgan import ema
 from fastgan.adam import AdamPass, AdamState, Call, mark, pass_for
 from fastgan.arena import Arena, obstacle
+from fastgan.backend import Backend
 from fastgan.ema import Average
 from fastgan.errors import InputError
 
@@ -116,6 +117,7 @@ class Updater:
         clip: float | None = None,
         zero_grad: bool = False,
         other: nn.Module | None = None,
+        backend: Backend | None = None,
     ) -> None:
         """Prepare the optimiser.
 
@@ -129,6 +131,7 @@ class Updater:
             clip: the parameters are clamped to ``[-clip, clip]`` after every update.
             zero_grad: own settings leave zeros in ``arena.grad``.
             other: the other player's network; a parameter in both belongs to no arena.
+            backend: which implementation of own settings, see :func:`fastgan.adam.pass_for`.
         """
         named = {n: p for n, p in module.named_parameters() if p.requires_grad}
         if not named:
@@ -136,6 +139,7 @@ class Updater:
         self.names, self.params = list(named), list(named.values())
         device, dtype = self.params[0].device, self.params[0].dtype
         self.player, self.update, self.average, self.clip, self.zero_grad = player, update, average, clip, zero_grad
+        self.backend = backend
         self.lazy = 1 / (1 + extra_per_update)
         self.own = isinstance(optimizer, Adam)
         shared = {id(p) for p in other.parameters()} if other is not None else set()
@@ -224,7 +228,7 @@ class Updater:
         assert self.arena is not None
         assert self.rule is not None
         if self._pass is None or self._pass.has_low != self.arena.has_low:
-            self._pass = pass_for(self.arena)(
+            self._pass = pass_for(self.arena, self.backend)(
                 self.arena, self._state, self.rule, update=self.update, average=self.average, clip=self.clip,
                 zero_grad=self.zero_grad,
             )  # fmt: skip

@@ -34,12 +34,14 @@ class Plan:
             ``real again`` and ``fake again`` take the same samples in another precision.
         trained: parameters whose gradient it writes.
         buffers: memory it holds; native calls know addresses alone.
+        squares: partial sums of the squares of all gradients, where its kernels make them.
     """
 
     program: Program = field(default_factory=Program)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     trained: set[Tensor] = field(default_factory=set)
     buffers: list[Tensor] = field(default_factory=list)
+    squares: Tensor | None = None
     _active: tuple[bool, ...] | None = None
 
     def active(self, params: Sequence[Tensor]) -> tuple[bool, ...]:
@@ -64,6 +66,9 @@ class Setting:
         reduced: of everything but penalties and losses.
         operand: a parameter in a dtype.
         gradients: where each trained parameter's gradient goes.
+        kernels: whether plans are lowered to kernels. They accumulate in fp32 whatever the operands are, so that
+            penalties stay in the update's one stack; without them penalties have a part of their own in ``dtype``.
+        loss_scale: what fp16 gradients are multiplied by, 0-dim, or ``None``.
     """
 
     device: torch.device
@@ -71,6 +76,12 @@ class Setting:
     reduced: torch.dtype
     operand: Callable[[Tensor, torch.dtype], Tensor]
     gradients: Mapping[Tensor, Tensor]
+    kernels: bool = False
+    loss_scale: Tensor | None = None
+
+    def operands(self, adversarial: bool) -> torch.dtype:
+        """Of the products of an update with the loss, or with penalties alone."""
+        return self.reduced if adversarial or self.kernels else self.dtype
 
 
 def loss_kind(loss: losses.Loss) -> str | None:
@@ -110,7 +121,7 @@ def refusal(
                 return f"{what} has a single value per channel"
         if isinstance(layer, Linear) and len(layer.shape) != 1:
             return f"{what} acts on rows of {len(layer.shape)} dimensions"
-        if setting.reduced != setting.dtype and not _runs_reduced(layer) and adversarial:
+        if setting.operands(adversarial) != setting.dtype and not _runs_reduced(layer):
             return f"{what} is not planned in {str(setting.reduced).removeprefix('torch.')}"
     return None
 
@@ -162,7 +173,7 @@ def _whole(
     metrics: Mapping[str, Tensor], share: float = 1.0,
 ) -> Plan:  # fmt: skip
     plan = Plan()
-    if loss is not None and penalties and setting.reduced != setting.dtype:  # penalties are in full precision
+    if loss is not None and penalties and setting.reduced != setting.operands(False):  # penalties in full precision
         _update(plan, network, loss, (), 1, batch, setting, setting.reduced, metrics, share)
         apart = Plan(program=plan.program, trained=plan.trained, buffers=plan.buffers)
         _update(apart, network, None, penalties, every, batch, setting, setting.dtype, metrics, share)
@@ -171,7 +182,7 @@ def _whole(
                 plan.inputs[f"{name} again"] = apart.inputs.pop(name)
         plan.inputs.update(apart.inputs)
     else:
-        dtype = setting.reduced if loss is not None else setting.dtype
+        dtype = setting.operands(loss is not None)
         _update(plan, network, loss, penalties, every, batch, setting, dtype, metrics, share)
     return plan
 
@@ -216,7 +227,7 @@ def _in_parts(
     for k in range(parts):
         for name, place in part.inputs.items():
             source = plan.inputs[name][k * len(place) : (k + 1) * len(place)]
-            plan.program.add(partial(place.copy_, source), place, source)
+            plan.program.add(steps.copy(source, place), place, source)
         plan.program.extend(part.program)
         for key, t in metrics.items():
             plan.program.add(partial(t.add_, of_part[key], alpha=1 / parts), t)
@@ -225,8 +236,9 @@ def _in_parts(
 
 def _update(
     plan: Plan, network: Network, loss: str | None, penalties: Sequence[Penalty], every: int, batch: int,
-    setting: Setting, dtype: torch.dtype, metrics: Mapping[str, Tensor], share: float,
-) -> None:  # fmt: skip
+    setting: Setting, dtype: torch.dtype, metrics: Mapping[str, Tensor], share: float, before: int = 0,
+) -> Stack:  # fmt: skip
+    """Add an update's calls; ``before``: rows of memory before the fakes', which are the first ones where possible."""
     n = batch // network.packed
     places: dict[str, list[Penalty]] = {}
     for penalty in penalties:
@@ -234,7 +246,9 @@ def _update(
     with_loss = ["real", "fake"] if loss is not None else []
     order = [*with_loss, *(p for p in places if p not in with_loss)]  # of the reference's calls
     # in the stack: rows with a loss alone, with both, with a penalty alone, interpolated ones last
-    placed = sorted(order, key=lambda p: (p in places, p not in with_loss, p == "interpolated"))
+    placed = sorted(
+        order, key=lambda p: (p in places, p not in with_loss, p == "interpolated", before > 0 and p != "fake")
+    )
     rows = {p: slice(k * n, (k + 1) * n) for k, p in enumerate(placed)}
     shared = [p for p in with_loss if p in places]
     logits_per_row = math.prod(network.value_shape(len(network.layers)))
@@ -247,7 +261,7 @@ def _update(
     s = _stack(
         plan, network, [Segment(p, rows[p]) for p in order], setting, dtype, chain=len(placed) * n,
         tail=len(places) * n, shared=len(shared) * n, split=split, gradients=setting.gradients, mixed=mixed,
-        share=share,
+        share=share, before=before,
     )  # fmt: skip
     _make_inputs(plan, s, rows, places, alpha, free)
     program = plan.program
@@ -265,27 +279,29 @@ def _update(
             scales.update({p: weights[rows[p]] for p in shared})
         logits = {p: s.value(out, rows[p]).reshape(-1) for p in with_loss}
         logits, seeds, after = _in_full(s, setting.dtype, logits, scales)
-        values = [metrics[k] for k in ("d_loss", "d_real", "d_fake")]
         tensors = (logits["real"], logits["fake"], seeds["real"], seeds["fake"])
-        program.add(steps.discriminator_loss(loss, *tensors, *values), *tensors)
+        figures = (metrics["d_loss"], metrics["d_real"], metrics["d_fake"])
+        call = steps.discriminator_loss(loss, *tensors, *figures, setting.loss_scale)
+        program.add(call, *tensors)
         after()
     ones = slice(s.chain, s.left) if split else s.tail
     if places:
-        program.add(partial(s.adjoint(out, ones).fill_, 1))
+        program.add(steps.fill(s.adjoint(out, ones), 1))
     if split:
         rules.chain(s, ones, s.tail, below=True)
-        _penalise(s, rows, places, every, metrics["penalty"])
+        _penalise(s, rows, places, every, metrics["penalty"], setting)
         rules.sweep(s)
         rules.chain(s, chained, chained, below=False, curvature=True)
         rules.gradients(s, None, n_loss)
     else:
         rules.chain(s, chained, chained, below=True)
         if places:
-            _penalise(s, rows, places, every, metrics["penalty"])
+            _penalise(s, rows, places, every, metrics["penalty"], setting)
             rules.sweep(s)
             s.join(weights[s.shared] if weights is not None else None)
         rules.gradients(s, weights, n_loss)
     plan.buffers += s.owned
+    return s
 
 
 def _key(penalty: Penalty) -> str:
@@ -337,22 +353,23 @@ def _in_full(
     wide = {p: s.new(*t.shape, dtype=dtype) for p, t in logits.items()}
     seeds = {p: s.new(*t.shape, dtype=dtype) for p, t in scales.items()}
     for p, t in logits.items():
-        s.program.add(partial(wide[p].copy_, t), wide[p], t)
+        s.program.add(steps.copy(t, wide[p]), wide[p], t)
 
     def after() -> None:
         for p, t in scales.items():
-            s.program.add(partial(t.copy_, seeds[p]), seeds[p], t)
+            s.program.add(steps.copy(seeds[p], t), seeds[p], t)
 
     return wide, seeds, after
 
 
 def _penalise(
-    s: Stack, rows: Mapping[str, slice], places: Mapping[str, list[Penalty]], every: int, value: Tensor
-) -> None:
+    s: Stack, rows: Mapping[str, slice], places: Mapping[str, list[Penalty]], every: int, value: Tensor,
+    setting: Setting,
+) -> None:  # fmt: skip
     """The penalties' values and the direction r_0 of the sweep, from the gradients to the samples."""
     g, r = s.adjoint(0, slice(s.left - s.n_tail, s.left)), s.tangent(0)
     count = sum(map(len, places.values()))
-    values = s.new(count)
+    values = s.new(count, dtype=setting.dtype)
     k = 0
     for p, penalties in places.items():
         part = slice(rows[p].start - s.tail.start, rows[p].stop - s.tail.start)
@@ -361,19 +378,57 @@ def _penalise(
             weight = penalty.weight if isinstance(penalty, GradientPenalty | DRAGAN) else penalty.gamma / 2  # type: ignore[attr-defined]
             target = penalty.target if isinstance(penalty, GradientPenalty | DRAGAN) else 0.0
             call = steps.penalty(
-                g[part], r[part], values[k], norm=norm, weight=weight, target=target, scale=every, add=j > 0
-            )
+                g[part], r[part], values[k], norm=norm, weight=weight, target=target, scale=every, add=j > 0,
+                loss_scale=setting.loss_scale,
+            )  # fmt: skip
             s.program.add(call, g[part], r[part])
             k += 1
-    s.program.add(partial(torch.sum, values, 0, out=value), values)
+    s.program.add(steps.total(values, value), values)
 
 
 # ---- the generator
 
 
+@dataclass
+class Joint:
+    """One forward pass of the generator for its own update and the discriminator's before it, which does not change it.
+
+    Attributes:
+        memory: rows of the discriminator: the samples of the generator's update, then the other's.
+        forward: takes the calls; its input ``z`` has the latents in that order.
+    """
+
+    memory: Tensor
+    forward: Plan
+
+
+def joint_updates(
+    network: Network, critic: Network, loss: str, penalties: Sequence[Penalty], every: int, batch: int,
+    setting: Setting, metrics: Mapping[str, Tensor],
+) -> tuple[Plan, Plan, Plan] | None:  # fmt: skip
+    """A forward pass, a discriminator's update and the generator's update after it, as three plans.
+
+    ``None`` where rows are not independent of each other or of the order of the passes, where the discriminator's rows
+    cannot begin with the fakes, or where the batch is cut into parts.
+    """
+    for layer in (*network.layers, *critic.layers):
+        if isinstance(layer, BatchNorm | Dropout) or (isinstance(layer, Affine) and layer.spectral is not None):
+            return None
+    one_stack = not penalties or setting.operands(False) == setting.reduced
+    if not one_stack or _parts(critic, loss, penalties, batch, setting) > 1:
+        return None
+    n, d = batch // critic.packed, Plan()
+    s = _update(d, critic, loss, penalties, every, batch, setting, setting.reduced, metrics, 1.0, before=n)
+    if s.before is None or d.inputs["fake"].data_ptr() != s.before[n].data_ptr():
+        return None
+    joint = Joint(s.before, Plan())
+    g = generator(network, critic, loss, False, batch, setting, metrics, joint)
+    return joint.forward, d, g
+
+
 def generator(
     network: Network, critic: Network, loss: str, compares: bool, batch: int, setting: Setting,
-    metrics: Mapping[str, Tensor],
+    metrics: Mapping[str, Tensor], joint: Joint | None = None,
 ) -> Plan:  # fmt: skip
     """Gradients of a generator's update; inputs ``z``, and ``real`` where the loss compares with real samples.
 
@@ -385,23 +440,30 @@ def generator(
         batch: samples.
         setting: what all plans share.
         metrics: the 0-dim tensor ``g_loss`` that is written.
+        joint: takes the forward pass, which makes the samples of a discriminator's update too.
     """
     plan, n, dtype = Plan(), batch // critic.packed, setting.reduced
     segments = [Segment("fake", slice(0, n))]
     if compares:
         segments.insert(0, Segment("real", slice(n, 2 * n)))
-    d = _stack(plan, critic, segments, setting, dtype, chain=n, input_gradient=True)
     fake = slice(0, n)
-    g = _stack(
-        plan, network, [Segment("fake", slice(0, batch))], setting, dtype, chain=batch, gradients=setting.gradients,
-        output=d.value(0, fake), output_adjoint=d.adjoint(0, fake),
+    d = _stack(
+        plan, critic, segments, setting, dtype, chain=n, input_gradient=True,
+        input=None if joint is None else joint.memory[fake],
     )  # fmt: skip
-    plan.inputs["z"] = g.value(0)
+    first = plan if joint is None else joint.forward
+    samples = slice(0, batch if joint is None else 2 * batch)
+    g = _stack(
+        first, network, [Segment("fake", samples)], setting, dtype, chain=batch, gradients=setting.gradients,
+        output=d.value(0, fake) if joint is None else joint.memory[: 2 * n], output_adjoint=d.adjoint(0, fake),
+    )  # fmt: skip
+    first.inputs["z"] = g.value(0)
     if compares:
         plan.inputs["real"] = d.value(0, slice(n, 2 * n))
         rules.prepare(d, "real")
     rules.prepare(g)
     rules.forward(g)
+    g.program, g.trained = plan.program, plan.trained
     rules.prepare(d, "fake")
     rules.forward(d)
 
@@ -410,7 +472,7 @@ def generator(
     logits = {s.name: d.value(out, s.rows).reshape(-1) for s in segments}
     logits, seeds, after = _in_full(d, setting.dtype, logits, scales)
     real = logits.get("real")
-    call = steps.generator_loss(loss, logits["fake"], real, seeds["fake"], metrics["g_loss"])
+    call = steps.generator_loss(loss, logits["fake"], real, seeds["fake"], metrics["g_loss"], setting.loss_scale)
     plan.program.add(call, logits["fake"], real, seeds["fake"])
     after()
     rules.chain(d, fake, fake, below=False)
@@ -424,12 +486,12 @@ def generator(
 def _stack(
     plan: Plan, network: Network, segments: list[Segment], setting: Setting, dtype: torch.dtype, *, chain: int = 0,
     tail: int = 0, shared: int = 0, split: bool = False, gradients: Mapping[Tensor, Tensor] | None = None,
-    input_gradient: bool = False, output: Tensor | None = None, output_adjoint: Tensor | None = None,
-    mixed: Interpolation | None = None, share: float = 1.0,
+    input_gradient: bool = False, input: Tensor | None = None, output: Tensor | None = None,
+    output_adjoint: Tensor | None = None, before: int = 0, mixed: Interpolation | None = None, share: float = 1.0,
 ) -> Stack:  # fmt: skip
     return Stack(
         plan.program, network, segments, chain=chain, tail=tail, shared=shared, split=split, dtype=dtype,
         device=setting.device, operand=lambda p: setting.operand(p, dtype), gradients=gradients,
-        input_gradient=input_gradient, output=output, output_adjoint=output_adjoint, mixed=mixed,
-        trained=plan.trained, share=share,
+        input_gradient=input_gradient, input=input, output=output, output_adjoint=output_adjoint, before=before,
+        mixed=mixed, trained=plan.trained, share=share, kernels=setting.kernels,
     )  # fmt: skip

@@ -155,7 +155,7 @@ class Affine(Rule):
     def _bias_gradient(s: Stack, u: Tensor, weights: Tensor | None, parts: list[slice], dst: Tensor) -> None:
         """``dst = sum of w u``; 0 where only kinks depend on the bias."""
         if not parts:
-            s.program.add(dst.zero_, dst)
+            s.program.add(steps.fill(dst, 0), dst)
         for k, rows in enumerate(parts):
             w = None if weights is None else weights[rows]
             out = dst if k == 0 else s.scratch(2, *dst.shape)
@@ -202,11 +202,8 @@ class LinearRule(Affine):
         self, s: Stack, layer: Any, x: Tensor, y: Tensor, then: Callable[[Tensor | None], Any] | None = None
     ) -> None:
         w = s.operand(layer.weight)
-        if len(w) == 1:
-            s.program.add(partial(torch.mv, x, w[0], out=y[:, 0]), x, w, y, flops=2 * x.numel())
-        else:
-            flops = 2 * x.numel() * len(w)
-            s.program.add(steps.product(x, w.t(), y), x, w, y, kind="product", flops=flops)
+        kind: Any = "other" if len(w) == 1 else "product"
+        s.program.add(steps.linear(x, w, y), x, w, y, kind=kind, flops=2 * x.numel() * len(w))
         if then is not None:
             s.program.add(then(y), y, y)
 
@@ -228,22 +225,21 @@ class LinearRule(Affine):
 
     def _product_back(self, s: Stack, layer: Any, u: Tensor, x: Tensor, dst: Tensor) -> None:
         w, flops = s.operand(layer.weight), 2 * u.numel() * layer.weight.shape[1]
-        if w.shape[1] <= _NARROW:
+        if w.shape[1] <= _NARROW and not s.kernels:
             t = s.scratch(4, w.shape[1], w.shape[0])
             s.program.add(partial(t.copy_, w.t()), w, t)
             w = t.t()
-        s.program.add(steps.product(u, w, dst), u, w, dst, kind="product", flops=flops)
+        s.program.add(steps.linear_back(u, w, dst), u, w, dst, kind="product", flops=flops)
 
     def _weight_gradient(self, s: Stack, layer: Any, u: Tensor, x: Tensor, dst: Tensor) -> None:
         flops = 2 * x.numel() * u.shape[1]
-        if u.shape[1] == 1:
-            s.program.add(partial(torch.mv, x.t(), u[:, 0], out=dst[0]), x, dst, flops=flops)
-        elif x.shape[1] <= _NARROW:
+        if u.shape[1] > 1 and x.shape[1] <= _NARROW and not s.kernels:
             t = s.scratch(4, x.shape[1], u.shape[1])
             s.program.add(steps.product(x.t(), u, t), u, x, t, kind="product", flops=flops)
             s.program.add(partial(dst.copy_, t.t()), t, dst)
         else:
-            s.program.add(steps.product(u.t(), x, dst), u, x, dst, kind="product", flops=flops)
+            kind: Any = "other" if u.shape[1] == 1 else "product"
+            s.program.add(steps.weight_gradient(u, x, dst), u, x, dst, kind=kind, flops=flops)
 
 
 class ConvolutionRule(Affine):
@@ -356,8 +352,7 @@ class ActivationRule(Rule):
         elif layer.kind == "softplus":
             call = partial(aten.softplus.out, x, layer.beta, layer.threshold, out=y)
         else:
-            functions: dict[str, Any] = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": aten.silu.out}
-            call = partial(functions[layer.kind], x, out=y)
+            call = steps.activate(layer.kind, x, y)
         s.program.add(call, x, y)
 
     def transpose(self, s: Stack, i: int, layer: Any, position: int, rows: slice, at: slice) -> None:
@@ -404,10 +399,8 @@ class ActivationRule(Rule):
         x, y = s.a[layer.inputs[0]][at], s.a[i + 1][at]
         if layer.kind == "leaky-relu":
             call: Any = steps.mask_mul(u, dst, y if layer.slope >= 0 else x, layer.slope)
-        elif layer.kind == "tanh":
-            call = partial(aten.tanh_backward.grad_input, u, y, grad_input=dst)
-        elif layer.kind == "sigmoid":
-            call = partial(aten.sigmoid_backward.grad_input, u, y, grad_input=dst)
+        elif layer.kind in ("tanh", "sigmoid"):
+            call = steps.activate_back(layer.kind, u, y, dst)
         elif layer.kind == "silu":
             call = partial(aten.silu_backward.grad_input, u, x, grad_input=dst)
         else:

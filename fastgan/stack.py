@@ -17,7 +17,7 @@ its left operands are c u + e and ``dW = [c u + e; u]^T [a; r]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -26,7 +26,7 @@ import torch
 
 from fastgan import steps
 from fastgan.network import Activation, Affine, AveragePool, Dropout, Layer, Network, Reshape
-from fastgan.steps import Call
+from fastgan.steps import Call, Step
 
 Tensor = torch.Tensor
 Kind = Literal["product", "convolution", "other"]
@@ -39,27 +39,48 @@ class Program:
     Attributes:
         calls: run in order; they take nothing and always work on the same tensors.
         kinds: of each call.
-        flops, bytes: of all calls together, bytes as read and written by each.
+        steps: what each call was made of, where that is known.
+        costs: FLOPs of each call, and the bytes it reads and writes.
+        scratch: addresses of memory that holds nothing from one call to the next but one.
     """
 
     calls: list[Call] = field(default_factory=list)
     kinds: list[Kind] = field(default_factory=list)
-    flops: int = 0
-    bytes: int = 0
+    steps: list[Step | None] = field(default_factory=list)
+    costs: list[tuple[int, int]] = field(default_factory=list)
+    scratch: set[int] = field(default_factory=set)
+
+    @property
+    def flops(self) -> int:
+        """Of all calls together."""
+        return sum(flops for flops, _ in self.costs)
+
+    @property
+    def bytes(self) -> int:
+        """Of all calls together, as read and written by each."""
+        return sum(n for _, n in self.costs)
 
     def add(self, call: Call, *touched: Tensor | None, kind: Kind = "other", flops: int = 0) -> None:
         """Append a call that reads or writes the ``touched`` tensors."""
-        self.calls.append(call)
+        self.calls.append(call.call if isinstance(call, Step) else call)
         self.kinds.append(kind)
-        self.flops += flops
-        self.bytes += sum(t.nbytes for t in touched if t is not None)
+        self.steps.append(call if isinstance(call, Step) else None)
+        self.costs.append((flops, sum(t.nbytes for t in touched if t is not None)))
 
     def extend(self, other: Program) -> None:
         """Append the calls of another one."""
         self.calls += other.calls
         self.kinds += other.kinds
-        self.flops += other.flops
-        self.bytes += other.bytes
+        self.steps += other.steps
+        self.costs += other.costs
+        self.scratch |= other.scratch
+
+    def prepend(self, calls: Sequence[Call]) -> None:
+        """Put calls before the others."""
+        self.calls[:0] = calls
+        self.kinds[:0] = ["other"] * len(calls)
+        self.steps[:0] = [None] * len(calls)
+        self.costs[:0] = [(0, 0)] * len(calls)
 
     def run(self) -> None:
         """Make every call."""
@@ -100,10 +121,13 @@ class Stack:
         operand: a parameter's tensor in ``dtype``.
         gradients: where the gradient of each trained parameter goes; nothing is trained where empty.
         input_gradient: whether the chain goes on to the network's input in all its rows.
-        output, output_adjoint: the buffers of the network's output, where they are given.
+        input, output, output_adjoint: the buffers of the network's input and output, where they are given.
+        before: further rows of memory just before those of the input.
         mixed: rows of the input that are never formed, as the first layer is affine.
         trained: takes the parameters whose gradient is written; one that is there already is added to.
         share: below 1, all gradients are added that much of, to what is there.
+        kernels: whether the calls will be lowered to kernels, which write gradients in the parameters' own type and
+            read matrices of every shape alike.
     """
 
     def __init__(
@@ -121,12 +145,16 @@ class Stack:
         operand: Callable[[Tensor], Tensor],
         gradients: Mapping[Tensor, Tensor] | None = None,
         input_gradient: bool = False,
+        input: Tensor | None = None,
         output: Tensor | None = None,
         output_adjoint: Tensor | None = None,
+        before: int = 0,
         mixed: Interpolation | None = None,
         trained: set[Tensor] | None = None,
         share: float = 1.0,
+        kernels: bool = False,
     ) -> None:
+        self.kernels = kernels
         self.program, self.network, self.segments, self.chain = program, network, segments, chain
         self.tail, self.n_tail = slice(chain - tail, chain), tail
         self.shared = slice(chain - tail, chain - tail + shared)
@@ -160,7 +188,12 @@ class Stack:
         # tangents take the place of their rows' values unless something needs both
         self.separate_tangents = not split and bool(shared or not all(map(self._keeps_its_mask, range(len(layers)))))
         self.overwrites = not split and not self.separate_tangents
-        self.a = self._buffers(lambda v: max(self.rows, self.left), output)
+        rows = max(self.rows, self.left)
+        self.before: Tensor | None = None  # them and those of the input
+        if before:
+            self.before = self.new(before + rows, *self.shape(0))
+            input = self.before[before:]
+        self.a = self._buffers(lambda v: rows, output, input)
         self.u = self._buffers(lambda v: self.left if self.upstream[v] else self.n_tail, output_adjoint)
         self.r: dict[int, Tensor] = {}
 
@@ -189,9 +222,12 @@ class Stack:
             n *= size
         if (slot, n) not in self._scratch:
             self._scratch[slot, n] = self.new(n)
+            self.program.scratch.add(self._scratch[slot, n].data_ptr())
         return self._scratch[slot, n].view(shape)
 
-    def _buffers(self, rows: Callable[[int], int], output: Tensor | None = None) -> dict[int, Tensor]:
+    def _buffers(
+        self, rows: Callable[[int], int], output: Tensor | None = None, input: Tensor | None = None
+    ) -> dict[int, Tensor]:
         out: dict[int, Tensor] = {}
         last = self.root(len(self.network.layers))
         for v in range(len(self.network.layers) + 1):
@@ -200,6 +236,8 @@ class Stack:
                 out[v] = t.view(len(t), *self.shape(v))
             elif v == last and output is not None:
                 out[v] = output.view(-1, *self.shape(v))
+            elif v == 0 and input is not None:
+                out[v] = input.view(-1, *self.shape(v))
             elif rows(v):
                 out[v] = self.new(rows(v), *self.shape(v))
             else:
@@ -336,7 +374,7 @@ class Stack:
                 self.program.add(steps.scale_add(scale, self.a[v][shared], r[:n_shared]), r[:n_shared], r, r)
             if n_shared < self.n_tail:
                 rest = self.a[v][shared.stop : self.tail.stop]
-                self.program.add(partial(rest.copy_, r[n_shared:]), rest, rest)
+                self.program.add(steps.copy(r[n_shared:], rest), rest, rest)
 
     def gradient_to(self, parameter: Tensor, emit: Callable[[Tensor], None]) -> None:
         """Let ``emit`` add calls that write a gradient of the parameter; uses after the first one are added."""
@@ -345,7 +383,7 @@ class Stack:
             return
         adds = parameter in self.trained or self.share < 1
         self.trained.add(parameter)
-        if not adds and dst.dtype == self.dtype:
+        if not adds and (dst.dtype == self.dtype or self.kernels):
             emit(dst)
             return
         target = torch.zeros_like(dst, dtype=self.dtype)

@@ -10,10 +10,13 @@ LeakyReLU's derivative is read off the sign of its output, which is that of its 
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 
@@ -22,6 +25,38 @@ from fastgan.losses import softplus
 
 Call = Callable[..., object]
 Tensor = torch.Tensor
+_P = ParamSpec("_P")
+
+
+@dataclass(eq=False)
+class Step:
+    """A call, and what it was made of: :mod:`fastgan.lowering` reads that to put kernels in the place of several.
+
+    Attributes:
+        name: of the function that made it.
+        arguments: of that function, by name.
+        call: takes nothing, or ``src``.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    call: Call
+
+    def __call__(self, *src: Tensor) -> None:
+        self.call(*src)
+
+
+def _step(make: Callable[_P, Call]) -> Callable[_P, Step]:
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> Step:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return Step(make.__name__, bound.arguments, make(*args, **kwargs))
+
+    return wrapped
+
 
 _SMALLEST = 32  # side of a matrix below which torch's products are as fast: bench_steps
 _LOSSES = ("minimax", "non-saturating", "wasserstein", "hinge", "least-squares", "relativistic")  # order of csrc
@@ -87,6 +122,64 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Call:
                    k, torch.get_num_threads())  # fmt: skip
 
 
+@_step
+def linear(x: Tensor, weight: Tensor, y: Tensor) -> Call:
+    """``y = x W^T``; x ``[rows, in]``, W ``[out, in]``, y ``[rows, out]``."""
+    if len(weight) == 1:
+        return partial(torch.mv, x, weight[0], out=y[:, 0])
+    return product(x, weight.t(), y)
+
+
+@_step
+def linear_back(u: Tensor, weight: Tensor, dst: Tensor) -> Call:
+    """``dst = u W``; u ``[rows, out]``, dst ``[rows, in]``."""
+    return product(u, weight, dst)
+
+
+@_step
+def weight_gradient(u: Tensor, x: Tensor, dst: Tensor) -> Call:
+    """``dst = u^T x``; u ``[rows, out]``, x ``[rows, in]``, dst ``[out, in]``, which may be of higher precision."""
+    if dst.dtype != u.dtype:
+        return lambda: dst.copy_(u.t() @ x)
+    if u.shape[1] == 1:
+        return partial(torch.mv, x.t(), u[:, 0], out=dst[0])
+    return product(u.t(), x, dst)
+
+
+@_step
+def fill(dst: Tensor, value: float) -> Call:
+    """``dst = value``."""
+    return partial(dst.fill_, value)
+
+
+@_step
+def copy(src: Tensor, dst: Tensor) -> Call:
+    """``dst = src``, cast where their types differ."""
+    return partial(dst.copy_, src)
+
+
+@_step
+def total(values: Tensor, dst: Tensor) -> Call:
+    """``dst = sum of values``; values ``[n]``, dst 0-dim."""
+    return partial(torch.sum, values, 0, out=dst)
+
+
+@_step
+def activate(kind: str, x: Tensor, y: Tensor) -> Call:
+    """``y = phi(x)`` for tanh, sigmoid and silu."""
+    functions: dict[str, Any] = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": torch.ops.aten.silu.out}
+    return partial(functions[kind], x, out=y)
+
+
+@_step
+def activate_back(kind: str, u: Tensor, y: Tensor, dst: Tensor) -> Call:
+    """``dst = u phi'``, read off the output y of tanh and sigmoid."""
+    aten = torch.ops.aten
+    functions = {"tanh": aten.tanh_backward.grad_input, "sigmoid": aten.sigmoid_backward.grad_input}
+    return partial(functions[kind], u, y, grad_input=dst)
+
+
+@_step
 def bias_act(src: Tensor | None, dst: Tensor, bias: Tensor | None, slope: float) -> Call:
     """``dst = leaky_relu(src + bias)`` with the bias along dimension 1, ``[rows, C, ...]``; slope 1 is the identity."""
     rows, channels, inner = dst.shape[0], dst.shape[1], math.prod(dst.shape[2:])
@@ -103,6 +196,7 @@ def _bias_act(dst: Tensor, bias: Tensor | None, slope: float, src: Tensor) -> No
     _leaky_relu(dst, slope)
 
 
+@_step
 def bias_tanh(src: Tensor | None, dst: Tensor, bias: Tensor | None) -> Call:
     """``dst = tanh(src + bias)`` with the bias along dimension 1, ``[rows, C, ...]``."""
     rows, channels, inner = dst.shape[0], dst.shape[1], math.prod(dst.shape[2:])
@@ -117,6 +211,7 @@ def _bias_tanh(dst: Tensor, bias: Tensor | None, src: Tensor) -> None:
     torch.tanh(src, out=dst)
 
 
+@_step
 def mask_mul(src: Tensor | None, dst: Tensor, out: Tensor, slope: float) -> Call:
     """``dst = src * leaky_relu'(z)`` of equal shapes, with ``out = leaky_relu(z)``, which may be ``dst`` itself.
 
@@ -134,6 +229,7 @@ def _mask_mul(dst: Tensor, out: Tensor, slope: float, src: Tensor) -> None:
         torch.ops.aten.leaky_relu_backward.grad_input(src, out, slope, False, grad_input=dst)
 
 
+@_step
 def outer_mask(seed: Tensor, weight: Tensor, dst: Tensor, out: Tensor | None, slope: float) -> Call:
     """``dst[i, j] = seed[i] weight[j] leaky_relu'(z[i, j])``; no mask where ``out`` is ``None``."""
     native = _native_function("outer_mask", seed, weight, dst, out) if out is not None else None
@@ -149,6 +245,7 @@ def _outer_mask(seed: Tensor, weight: Tensor, dst: Tensor, out: Tensor | None, s
         _mask(dst, out, slope)
 
 
+@_step
 def mix(alpha: Tensor, a: Tensor, b: Tensor, dst: Tensor) -> Call:
     """``dst[i] = alpha[i] a[i] + (1 - alpha[i]) b[i]``; alpha ``[rows]``."""
     native = _native_function("mix", alpha, a, b, dst)
@@ -164,6 +261,7 @@ def _mix(alpha: Tensor, a: Tensor, b: Tensor, dst: Tensor) -> None:
     dst.addcmul_(a, alpha.to(a.dtype))
 
 
+@_step
 def scale_add(scale: Tensor, a: Tensor, r: Tensor) -> Call:
     """``a[i] = scale[i] a[i] + r[i]``; scale ``[rows]``."""
     native = _native_function("scale_add", scale, a, r)
@@ -176,6 +274,7 @@ def _scale_add(scale: Tensor, a: Tensor, r: Tensor) -> None:
     a.mul_(scale).add_(r)
 
 
+@_step
 def channel_sum(src: Tensor, weight: Tensor | None, dst: Tensor) -> Call:
     """``dst[c] = sum of weight[row] src[row, c, ...]``; weight ``[rows]``, dst ``[C]``.
 
@@ -196,18 +295,23 @@ def _channel_sum(src: Tensor, weight: Tensor | None, dst: Tensor) -> None:
     torch.add(src[:half].sum(axes, dtype=dst.dtype), src[half:].sum(axes, dtype=dst.dtype), out=dst)
 
 
+@_step
 def penalty(
-    g: Tensor, dst: Tensor, value: Tensor, *, norm: bool, weight: float, target: float, scale: float, add: bool
-) -> Call:
+    g: Tensor, dst: Tensor, value: Tensor, *, norm: bool, weight: float, target: float, scale: float, add: bool,
+    loss_scale: Tensor | None = None,
+) -> Call:  # fmt: skip
     """A penalty's mean value and ``scale`` times the derivative of that mean to ``g``.
 
-    ``weight (|g| - target)^2`` per row with ``norm``, else ``weight |g|^2``; ``add`` to what ``dst`` holds.
+    ``weight (|g| - target)^2`` per row with ``norm``, else ``weight |g|^2``; ``add`` to what ``dst`` holds. Computed in
+    the type of ``value``; ``loss_scale`` (0-dim) multiplies the derivative.
     """
     rows, columns = len(g), math.prod(g.shape[1:])
-    rows_value = torch.empty(rows, dtype=g.dtype, device=g.device)
-    native = _native_function("penalty", g, dst, value)
+    rows_value = torch.empty(rows, dtype=value.dtype, device=g.device)
+    native = _native_function("penalty", g, dst, value) if loss_scale is None else None
     if native is None:
-        return partial(_penalty, g.flatten(1), dst.flatten(1), value, rows_value, norm, weight, target, scale, add)
+        return partial(
+            _penalty, g.flatten(1), dst.flatten(1), value, rows_value, norm, weight, target, scale, add, loss_scale
+        )
     call = partial(native, _at(g), _at(dst), _at(value), _at(rows_value), rows, columns, norm, weight, target,
                    scale / rows, add, torch.get_num_threads())  # fmt: skip
     call.keep = rows_value  # type: ignore[attr-defined]
@@ -216,8 +320,9 @@ def penalty(
 
 def _penalty(
     g: Tensor, dst: Tensor, value: Tensor, rows_value: Tensor, norm: bool, weight: float, target: float, scale: float,
-    add: bool,
+    add: bool, loss_scale: Tensor | None,
 ) -> None:  # fmt: skip
+    g = g.to(value.dtype)
     squared = g.square().sum(1)
     factor: Tensor | float = 2 * weight * scale / len(g)
     if norm:
@@ -227,25 +332,31 @@ def _penalty(
     else:
         torch.mul(squared, weight, out=rows_value)
         r = g * factor
+    if loss_scale is not None:
+        r = r * loss_scale
     dst.copy_(dst + r if add else r)
     value.copy_(rows_value.mean())
 
 
+@_step
 def discriminator_loss(
     kind: str, real: Tensor, fake: Tensor, real_scale: Tensor, fake_scale: Tensor, loss: Tensor, real_mean: Tensor,
-    fake_mean: Tensor,
+    fake_mean: Tensor, loss_scale: Tensor | None = None,
 ) -> Call:  # fmt: skip
-    """The loss of real and fake logits ``[n]``: derivatives of its mean to both, its mean, the mean logits (0-dim)."""
+    """The loss of real and fake logits ``[n]``: derivatives of its mean to both, its mean, the mean logits (0-dim).
+
+    ``loss_scale`` (0-dim) multiplies the derivatives.
+    """
     tensors = (real, fake, real_scale, fake_scale, loss, real_mean, fake_mean)
-    native = _native_function("discriminator_loss", *tensors)
+    native = _native_function("discriminator_loss", *tensors) if loss_scale is None else None
     if native is None:
-        return partial(_discriminator_loss, kind, *tensors)
+        return partial(_discriminator_loss, kind, *tensors, loss_scale)
     return partial(native, _LOSSES.index(kind), *map(_at, tensors), len(real))
 
 
 def _discriminator_loss(
     kind: str, r: Tensor, f: Tensor, real_scale: Tensor, fake_scale: Tensor, loss: Tensor, real_mean: Tensor,
-    fake_mean: Tensor,
+    fake_mean: Tensor, loss_scale: Tensor | None,
 ) -> None:  # fmt: skip
     relu, sigmoid = torch.relu, torch.sigmoid
     if kind in ("minimax", "non-saturating"):
@@ -259,22 +370,34 @@ def _discriminator_loss(
     else:
         value, df = softplus(f - r), sigmoid(f - r)
         dr = -df
-    real_scale.copy_(dr / len(r))
-    fake_scale.copy_(df / len(f))
+    real_scale.copy_(_scaled(dr, loss_scale) / len(r))
+    fake_scale.copy_(_scaled(df, loss_scale) / len(f))
     loss.copy_(value.mean())
     real_mean.copy_(r.mean())
     fake_mean.copy_(f.mean())
 
 
-def generator_loss(kind: str, fake: Tensor, real: Tensor | None, fake_scale: Tensor, loss: Tensor) -> Call:
-    """The loss of fake logits ``[n]`` (against real ones where it compares): the derivative of its mean, its mean."""
-    native = _native_function("generator_loss", fake, real, fake_scale, loss)
+@_step
+def generator_loss(
+    kind: str, fake: Tensor, real: Tensor | None, fake_scale: Tensor, loss: Tensor, loss_scale: Tensor | None = None
+) -> Call:
+    """The loss of fake logits ``[n]`` (against real ones where it compares): the derivative of its mean, its mean.
+
+    ``loss_scale`` (0-dim) multiplies the derivative.
+    """
+    native = _native_function("generator_loss", fake, real, fake_scale, loss) if loss_scale is None else None
     if native is None:
-        return partial(_generator_loss, kind, fake, real, fake_scale, loss)
+        return partial(_generator_loss, kind, fake, real, fake_scale, loss, loss_scale)
     return partial(native, _LOSSES.index(kind), _at(fake), _at(real), _at(fake_scale), _at(loss), len(fake))
 
 
-def _generator_loss(kind: str, f: Tensor, r: Tensor | None, fake_scale: Tensor, loss: Tensor) -> None:
+def _scaled(derivative: Tensor, loss_scale: Tensor | None) -> Tensor:
+    return derivative if loss_scale is None else derivative * loss_scale
+
+
+def _generator_loss(
+    kind: str, f: Tensor, r: Tensor | None, fake_scale: Tensor, loss: Tensor, loss_scale: Tensor | None
+) -> None:
     sigmoid = torch.sigmoid
     if kind == "minimax":
         value, df = -softplus(f), -sigmoid(f)
@@ -287,5 +410,5 @@ def _generator_loss(kind: str, f: Tensor, r: Tensor | None, fake_scale: Tensor, 
     else:
         assert r is not None
         value, df = softplus(r - f), -sigmoid(r - f)
-    fake_scale.copy_(df / len(f))
+    fake_scale.copy_(_scaled(df, loss_scale) / len(f))
     loss.copy_(value.mean())

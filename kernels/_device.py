@@ -29,7 +29,7 @@ def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 def derivative(y, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """phi'(z) from y = phi(z), in the type of y."""
     if ACTIVATION == "leaky-relu":
-        d = tl.where(y > 0, 1.0, SLOPE).to(y.dtype)
+        d = tl.where(y > 0, tl.full(y.shape, 1.0, y.dtype), tl.full(y.shape, SLOPE, y.dtype))  # a bare SLOPE is fp32
     elif ACTIVATION == "tanh":
         d = 1 - y * y
     elif ACTIVATION == "sigmoid":

@@ -472,15 +472,15 @@ def test_fp16_scale_halves_on_overflow_and_grows_after_good_steps() -> None:
     e = engine(networks=(g, d), precision="fp16", loss="wasserstein")
     for _ in range(4):
         e.d_step(real() * 1e-2)
-    start, skipped = e._scale.item(), e.metrics()["skipped_steps"]
+    start, skipped = e._loss_scale.scale.item(), e.metrics()["skipped_steps"]
     kept = weights(d)
     e.d_step(real() * 1e4)  # the scaled gradient of the first layer is beyond fp16
-    assert e._scale.item() == start / 2
+    assert e._loss_scale.scale.item() == start / 2
     assert e.metrics()["skipped_steps"] == skipped + 1
     assert torch.equal(kept, weights(d))
-    e._good_steps.fill_(1999)
+    e._loss_scale.good_steps.fill_(1999)
     e.d_step(real() * 1e-2)
-    assert e._scale.item() == start
+    assert e._loss_scale.scale.item() == start
 
 
 def test_fp16_scale_survives_many_bad_batches() -> None:

@@ -155,7 +155,7 @@ CASES = {
 
 def results(e: Engine) -> dict[str, torch.Tensor]:
     """Everything that a step changes on the device, torch's random state included."""
-    out: dict[str, torch.Tensor] = {"scale": e._scale, "torch's": torch.get_rng_state()}
+    out: dict[str, torch.Tensor] = {"scale": e._loss_scale.scale, "torch's": torch.get_rng_state()}
     out |= {"d_count": e._d_count, "g_count": e._g_count, "images": e._image_count}
 
     def put(name: str, value: Any) -> None:
