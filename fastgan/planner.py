@@ -53,6 +53,9 @@ class Planner:
         products: of fp32 operands in kernels, ``"ieee"`` or ``"tf32"``; ``None`` where plans run in torch ops. With
             kernels, an arena's copy of its parameters in lower precision is what its owner keeps it to be.
         loss_scale: what fp16 gradients are multiplied by.
+
+    Attributes:
+        readings: how often the networks were read: plans and recordings of an earlier reading no longer hold.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class Planner:
         self._example, self._packed = example, packed
         self._casts: list[Callable[[], object]] = []
         self._low: dict[Tensor, Tensor] = {}
-        self._products = products
+        self._products, self.readings = products, 0
         self._setting = Setting(
             device, dtype, reduced, self._operand, {}, kernels=products is not None, loss_scale=loss_scale
         )
@@ -90,7 +93,7 @@ class Planner:
 
     def refresh(self) -> None:
         """Read the networks where that has not been done, and again where the user has changed them."""
-        if self._obstacle is None and (not self._networks or self._seen != self._look()):
+        if not self._networks or self._seen != self._look():
             self._read()
 
     def _look(self) -> list[Any]:
@@ -157,6 +160,7 @@ class Planner:
         self._fakes.clear()
         self._joint.clear()
         self._networks, self._signatures = {}, []
+        self.readings += 1
         pairs = [pair for arena in self._arenas for pair in zip(arena.params, arena.grads, strict=True)]
         self._setting = replace(self._setting, gradients={p: g for p, g in pairs if p.requires_grad})
         for name, module in self._modules.items():
@@ -164,6 +168,8 @@ class Planner:
                 self._networks[name] = "there is none"
                 continue
             try:
+                if self._obstacle is not None:
+                    raise Unreadable(self._obstacle)
                 if name == "generator":
                     network = read(module, self._example.latents(2), what=name)
                 else:
