@@ -13,6 +13,8 @@ Without a GPU the sections that need one say so; ``--tiny`` then shows in a minu
 from __future__ import annotations
 
 import argparse
+import itertools
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -108,7 +110,8 @@ def summary(result: Mapping[str, Any]) -> str:
         if data:
             found = short(data)
             lines += ["", *found] if found else []
-    return "\n".join(lines)
+    wide = [textwrap.wrap(line, 120, subsequent_indent="    ") if len(line) > 120 else [line] for line in lines]
+    return "\n".join(itertools.chain.from_iterable(wide))
 
 
 def short_environment(data: Mapping[str, Any]) -> list[str]:
@@ -129,7 +132,7 @@ def short_ceilings(data: Mapping[str, Any]) -> list[str]:
         for unit, text in units.items()
         if unit in value
     ]
-    return ["ceilings: " + ", ".join(found[:5]), "          " + ", ".join(found[5:])] if found else []
+    return ["ceilings: " + ", ".join(found)] if found else []
 
 
 def short_validate(data: Mapping[str, Any]) -> list[str]:
@@ -205,8 +208,12 @@ def short_sanitizer(data: Mapping[str, Any]) -> list[str]:
 
 
 def short_tune(data: Mapping[str, Any]) -> list[str]:
-    won = [f"{k}: {v['best_us']:.2f} us ({'x'.join(map(str, v['best']))}), library {v['library_us']:.2f}"
-           for k, v in data.items() if "best_us" in v]  # fmt: skip
+    won = [
+        f"{k}: {v['best_us']:.2f} us ({'x'.join(map(str, v['best']))})"
+        + (f", library {v['library_us']:.2f}" if v["library_us"] is not None else "")
+        for k, v in data.items()
+        if "best_us" in v
+    ]
     return ["tiles, fastest of each shape:", *(f"  {line}"[:120] for line in won[:24])] if won else []
 
 

@@ -263,9 +263,10 @@ def _graphs(runs: Sequence[Callable[[], object]], device: torch.device) -> list[
     torch.cuda.synchronize(device)
     graphs = []
     for run in runs:
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=True)  # so that its nodes can be counted
         with torch.cuda.graph(graph):
             run()
+        graph.instantiate()
         graphs.append(graph)
     return graphs
 

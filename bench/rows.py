@@ -60,7 +60,6 @@ def rows(context: Context) -> None:
 
 def compiled(context: Context) -> None:
     """torch.compile's forms beside the fastest of the others, what matters most first."""
-    torch._dynamo.config.cache_size_limit = 64
     beside = ("eager graph", "engine graph", "engine dependent", "engine persistent", "engine reference graph")
     known = rivals.hand_written(context.device) | rivals.ENGINE
     others = {label: known[label] for label in beside if label in known}
@@ -74,6 +73,7 @@ def compiled(context: Context) -> None:
                         context.put(key, {"skipped": "out of time"})
                         continue
                     ways = others | {form: forms[form]}
+                    torch._dynamo.reset()
                     context.part(key, partial(measured, context, batch, precision, (kind,), ways))
 
 

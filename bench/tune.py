@@ -2,7 +2,7 @@
 
 python -m bench.tune --out FILE        on a GPU; ``python -m bench.gpu`` runs it as its section ``tune``
 
-For each class of shapes and dtype every candidate is built, held to torch's product, captured and replayed in turn
+For each op, class of shapes and dtype every candidate is built, held to torch's result, captured and replayed in turn
 with the others; the fastest becomes a row. Beside them runs the library (cuBLAS, with pointwise passes behind it): from
 which number of rows and which width on it wins is the other half of the table.
 """
@@ -17,71 +17,90 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.ceilings import captured
-from bench.sections import NO_CUDA, Context, Skip, last_line
+from bench.sections import NO_CUDA, Context, last_line
 from bench.timing import interleaved, wait
 
-SLOPE = 0.2
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SHAPES = [  # rows, outputs, inputs: layers of the vanilla pair, rows of two or three places stacked
-    *((rows, n, k) for rows in (64, 192, 512, 2048) for n, k in ((512, 784), (256, 512), (784, 512), (512, 256))),
-    *((rows, width, width) for rows, width in ((256, 1024), (256, 2048), (1024, 1024), (4096, 1024))),
-]
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+BATCHES = (64, 256, 1024)
+WIDE = ((256, 1024), (256, 2048), (1024, 1024), (4096, 1024))  # rows and width: where the library begins to win
+# op, and for each batch the shapes m, n, k that its table is asked for: layers of 784-512-256-1 and of its generator
+SHAPES: dict[str, Callable[[int], list[tuple[int, int, int]]]] = {
+    "linear_lrelu": lambda b: [(b, 512, 256), (3 * b, 256, 512), (2 * b, 512, 784), (b, 784, 512)],
+    "linear_head": lambda b: [(3 * b, 512, 256)],
+    "linear_penalty": lambda b: [(b, 512, 784)],
+    "linear_mixed": lambda b: [(b, 512, 784)],
+    "weight_gradient": lambda b: [(512, 784, 3 * b)],
+}
 CANDIDATES = [  # block_m, block_n, block_k, num_warps, num_stages
-    (m, n, k, warps, stages)
-    for (m, n, warps), k, stages in itertools.product(
-        ((64, 16, 4), (64, 32, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)), (32, 64, 128), (3, 4)
-    )
+    (*block, block_k, warps, stages)
+    for (block, warps) in (((64, 16), 4), ((64, 32), 4), ((64, 64), 4), ((64, 128), 4), ((128, 64), 4), ((128, 128), 8))
+    for block_k, stages in itertools.product((32, 64, 128), (3, 4))
 ]
 REPLAYS = 20  # launches in a graph, so that its own start is small beside them
+SHARED = 200 * 1024  # bytes that a program's pipeline may take
+
+
+def work() -> list[tuple[str, tuple[int, int, int], torch.dtype]]:
+    """What is swept, what matters most first."""
+    found = [
+        (op, shape, dtype)
+        for batch in BATCHES
+        for dtype in DTYPES
+        for op, shapes in SHAPES.items()
+        for shape in shapes(batch)
+    ]
+    return found + [("linear_lrelu", (rows, width, width), dtype) for dtype in DTYPES for rows, width in WIDE]
 
 
 def tune(context: Context) -> None:
-    """Sweep, the shapes of small batches first, until the time is over; what is done is kept."""
-    try:
-        from fastgan.kernels import configs
-        from fastgan.kernels.linear_lrelu import linear_launch
-    except ImportError as e:
-        raise Skip(f"no matrix kernels: {e}") from e
+    """Sweep until the time is over; what is done is kept."""
+    from fastgan.kernels import configs
+
     major, minor = torch.cuda.get_device_capability(context.device)
     arch = 10 * major + minor
     context.part("compilation", lambda: compiled(context))
     tiles: list[dict[str, Any]] = []
-    seen: set[tuple[str, torch.dtype]] = set()
-    for (m, n, k), dtype in itertools.product(SHAPES, DTYPES):
-        key = configs.shape_class(m, n, k), dtype
+    seen: set[tuple[str, str, torch.dtype]] = set()
+    for op, (m, n, k), dtype in work():
+        key = op, configs.shape_class(m, n, k), dtype
         if key in seen:
             continue
         seen.add(key)
-        if context.left() < 15:
-            context.put("ended early", f"out of time at {m}x{n}x{k}")
+        name = f"{op} {m}x{n}x{k} {short(dtype)}"
+        if context.left() < 12:
+            context.put("ended early", f"out of time at {name}")
             break
-        name = f"{m}x{n}x{k} {str(dtype).removeprefix('torch.')}"
-        context.part(name, lambda at=(m, n, k, dtype): swept(*at, context, linear_launch, configs.Config))
+        context.part(name, partial(swept, op, m, n, k, dtype, context))
         found = context.data[name]
         if "best" in found:
-            best = configs.Config(*found["best"])
-            tiles.append(configs.as_row("linear_lrelu", m, n, k, dtype, arch, best))
+            tiles.append(configs.as_row(op, m, n, k, dtype, arch, configs.Config(*found["best"])))
             context.put("table", {"tiles": tiles, "library": library(context.data, arch)})
 
 
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def compiled(context: Context) -> dict[str, float]:
-    """Fill Triton's cache with all candidates, a process for each dtype and depth of the pipeline."""
+    """Fill Triton's cache with all candidates, a process for each op and dtype."""
     begin = time.monotonic()
     commands = [
-        [sys.executable, "-m", "bench.tune", "--compile", str(dtype).removeprefix("torch."), str(stages)]
-        for dtype in DTYPES
-        for stages in sorted({c[4] for c in CANDIDATES})
-    ]
+        [sys.executable, "-m", "bench.tune", "--compile", op, short(dtype)]
+        for dtype in DTYPES[:2]
+        for op in SHAPES
+    ]  # fmt: skip
     children = [subprocess.Popen(command, cwd=Path(__file__).parents[1]) for command in commands]
+    deadline = time.monotonic() + context.left() / 2
     try:
         for child in children:
-            child.wait(max(1.0, context.left() / 2))
+            child.wait(max(0.1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         print("compilation goes on in the sweep", flush=True)
     finally:
@@ -91,88 +110,81 @@ def compiled(context: Context) -> dict[str, float]:
     return {"processes": len(children), "seconds": time.monotonic() - begin}
 
 
-def compile_some(dtype: torch.dtype, stages: int, device: torch.device) -> None:
-    """Launch each candidate of that depth once, on operands that Triton specialises as it does those of the sweep."""
-    from fastgan.kernels import configs
-    from fastgan.kernels.linear_lrelu import linear_launch
+def compile_some(op: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Launch each candidate once, on operands that Triton specialises as it does those of the sweep."""
+    from bench.tiles import PROBLEMS, Operands
+    from fastgan.kernels.configs import Config
 
-    size = 256
-    x, w, y = (torch.zeros(size, size, dtype=dtype, device=device) for _ in range(3))
-    precision = "tf32" if dtype == torch.float32 else "ieee"
-    for candidate in candidates(size, size, size, dtype):
-        if candidate[4] == stages:
-            with contextlib.suppress(Exception):  # the sweep records why one does not compile
-                linear_launch(x, w, y, bias=w[0], activation="leaky-relu", slope=SLOPE, precision=precision,
-                              tile=configs.Config(*candidate))()  # fmt: skip
+    size = 768
+    problem = PROBLEMS[op](size, size, size, Operands(dtype, device))
+    for candidate in candidates(op, size, size, size, dtype):
+        with contextlib.suppress(Exception):  # the sweep records why one does not compile
+            for launch in problem.build(Config(*candidate)):
+                launch()
     wait(device)
 
 
-def swept(
-    m: int, n: int, k: int, dtype: torch.dtype, context: Context, build: Callable[..., Any], config: Callable[..., Any]
-) -> dict[str, Any]:
+def swept(op: str, m: int, n: int, k: int, dtype: torch.dtype, context: Context) -> dict[str, Any]:
     """Microseconds of each candidate, of the library, and the best candidate."""
+    from bench.tiles import PROBLEMS, Operands
+    from fastgan.closeness import measure
+    from fastgan.kernels.configs import Config
+
     device = context.device
-    g = torch.Generator(device=device).manual_seed(0)
-    x, w = (torch.randn(*size, generator=g, device=device).to(dtype) for size in ((m, k), (n, k)))
-    bias = torch.randn(n, generator=g, device=device).to(dtype)
-    precision = "tf32" if dtype == torch.float32 else "ieee"
-    exact = torch.nn.functional.leaky_relu(x.double() @ w.double().T + bias.double(), SLOPE)
-    runs: dict[str, Callable[[], object]] = {}
     refused: dict[str, str] = {}
+    graphs: dict[str, Any] = {}
     keep = []
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        plain = torch.nn.functional.leaky_relu(torch.addmm(bias, x, w.T), SLOPE)
-        allowed = 4 * float((plain.double() - exact).abs().max()) + 1e-3
-        library_out = torch.empty_like(plain)
-
-        def by_library() -> None:
-            for _ in range(REPLAYS):
-                torch.addmm(bias, x, w.T, out=library_out)
-                torch.nn.functional.leaky_relu_(library_out, SLOPE)
-
-        graph = captured(by_library, device)
-        keep.append(graph)
-        runs["library"] = graph.replay
-        for candidate in candidates(m, n, k, dtype):
+        problem = PROBLEMS[op](m, n, k, Operands(dtype, device))
+        if problem.library is not None:
+            graphs["library"] = captured(partial(again, [problem.library]), device)
+        for candidate in candidates(op, m, n, k, dtype):
             label = "x".join(map(str, candidate))
             try:
-                y = torch.full((m, n), float("nan"), dtype=dtype, device=device)
-                launch = build(x, w, y, bias=bias, activation="leaky-relu", slope=SLOPE, precision=precision,
-                               tile=config(*candidate))  # fmt: skip
-                launch()
+                for out in problem.outs:
+                    out.fill_(float("nan"))
+                launches = problem.build(Config(*candidate))
+                again(launches, 1)
                 wait(device)
-                off = float((y.double() - exact).abs().max())
-                if not off <= allowed:
-                    refused[label] = f"wrong by {off:.1e}"
+                off = [measure(*three, slack=4.0) for three in zip(problem.outs, problem.plain, problem.exact,
+                                                                   strict=True)]  # fmt: skip
+                if wrong := [o.detail for o in off if not o.passed]:
+                    refused[label] = f"wrong: {wrong[0]}"
                     continue
-                graph = captured(lambda launch=launch: [launch() for _ in range(REPLAYS)], device)
+                graphs[label] = captured(partial(again, launches), device)
+                keep.append(launches)
             except Exception as e:  # too much shared memory, or a tile that Triton cannot compile
                 refused[label] = last_line(e)
-                continue
-            keep.append((graph, launch, y))
-            runs[label] = graph.replay
-            if context.left() < 10:
+            if context.left() < 8:
                 break
-        timed = interleaved(runs, device, 10, time.monotonic() + 5)
+        runs = {label: graph.replay for label, graph in graphs.items()}
+        timed = interleaved(runs, device, 10, time.monotonic() + 4)
     finally:
         torch.set_float32_matmul_precision(before)
     times = {label: row["median_us"] / REPLAYS for label, row in timed.items()}
-    ours = {label: t for label, t in times.items() if label != "library"}
-    if not ours:
+    library_us = times.pop("library", None)
+    if not times:
         return {"failed": "no candidate works", "refused": refused}
-    best = min(ours, key=lambda label: ours[label])
-    return {"best": [int(size) for size in best.split("x")], "best_us": ours[best], "library_us": times["library"],
-            "times_us": times, "refused": refused, "shape": [m, n, k]}  # fmt: skip
+    best = min(times, key=lambda label: times[label])
+    return {"op": op, "shape": [m, n, k], "best": [int(size) for size in best.split("x")], "best_us": times[best],
+            "library_us": library_us, "times_us": times, "refused": refused}  # fmt: skip
 
 
-def candidates(m: int, n: int, k: int, dtype: torch.dtype) -> Iterable[tuple[int, ...]]:
-    """Those that make sense for a shape: no block of twice its size or more, and shared memory that an SM has."""
+def again(launches: Iterable[Callable[[], object]], times: int | None = None) -> None:
+    for _ in range(REPLAYS if times is None else times):
+        for launch in launches:
+            launch()
+
+
+def candidates(op: str, m: int, n: int, k: int, dtype: torch.dtype) -> Iterable[tuple[int, ...]]:
+    """Those that make sense: no block of twice the size or more, and shared memory that a multiprocessor has."""
     for block_m, block_n, block_k, warps, stages in CANDIDATES:
         shared = (block_m + block_n) * block_k * dtype.itemsize * stages
-        fits = shared <= 200 * 1024 and block_n < 2 * n and block_k < 2 * k and (block_m == 64 or block_m < 2 * m)
-        if fits and not (dtype == torch.float32 and block_k == 128):
+        fits = shared <= SHARED and block_n < 2 * n and block_k < 2 * k and (block_m == 64 or block_m < 2 * m)
+        heavy = op != "linear_lrelu" and block_m * block_n > 64 * 64  # two accumulators, or operands made on the way
+        if fits and not heavy and not (dtype == torch.float32 and block_k == 128):
             yield block_m, block_n, block_k, warps, stages
 
 
@@ -180,8 +192,12 @@ def library(swept: dict[str, Any], arch: int) -> list[dict[str, Any]]:
     """From which rows, and from which width, the library was faster on everything measured there; 2^30 for never."""
     out = []
     for dtype in DTYPES:
-        name = str(dtype).removeprefix("torch.")
-        found = [v for key, v in swept.items() if key.endswith(f" {name}") and "best_us" in v]
+        name = short(dtype)
+        found = [
+            v
+            for key, v in swept.items()
+            if key.startswith("linear_lrelu ") and key.endswith(f" {name}") and "best_us" in v
+        ]
 
         def least(size: Callable[[list[int]], int], found: list[dict[str, Any]] = found) -> int:
             for limit in sorted({size(v["shape"]) for v in found}):
@@ -198,20 +214,17 @@ def library(swept: dict[str, Any], arch: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="the table, in the form of kernels/configs.json")
-    parser.add_argument("--compile", nargs=2, metavar=("DTYPE", "STAGES"), help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--compile", nargs=2, metavar=("OP", "DTYPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.compile:
-        compile_some(getattr(torch, args.compile[0]), int(args.compile[1]), device)
+        compile_some(args.compile[0], getattr(torch, args.compile[1]), device)
         return
     if args.out is None or device.type != "cuda":
         parser.error("--out is missing" if args.out is None else NO_CUDA)
     context = Context(device, False, time.monotonic() + args.seconds)
-    try:
-        tune(context)
-    except Skip as e:
-        parser.error(str(e))
+    tune(context)
     args.out.write_text(json.dumps(context.data["table"], indent=1) + "\n")
 
 
