@@ -1011,6 +1011,8 @@ class Engine:
             self._loss_scale.scale.copy_(state["loss_scale"]["scale"])
             self._loss_scale.good_steps.copy_(state["loss_scale"]["good_steps"])
         self.seed = int(state["seed"])
+        if self._executor is not None:
+            self._executor.clear()  # launches hold the seed
         torch.set_rng_state(state["torch_rng"]["cpu"].cpu())
         if self.device.type == "cuda" and "cuda" in state["torch_rng"]:
             torch.cuda.set_rng_state(state["torch_rng"]["cuda"].cpu(), self.device)

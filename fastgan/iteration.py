@@ -214,11 +214,14 @@ class Iteration:
 
     def _inputs(self, draws: Sequence[Noise], real: Tensor | None) -> None:
         from fastgan.kernels.inputs import Draw, inputs_launch
+        from fastgan.kernels.sample_rows import sample_rows_launch
 
         rows = self.feed.arguments(real) if self.feed is not None and real is not None else None
-        if draws or rows is not None:
-            made = [Draw(d.out, d.kind, self.parts.seed, int(d.stream), d.step) for d in draws]
+        if draws:
+            made = [Draw(d.out, d.step, self.parts.seed, int(d.stream), d.kind) for d in draws]
             self._add(inputs_launch(made, rows))
+        elif rows is not None:
+            self._add(sample_rows_launch(rows))
 
     def _add(self, *calls: Call) -> None:
         self.calls += calls
