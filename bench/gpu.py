@@ -149,7 +149,7 @@ def short_tests(data: Mapping[str, Any]) -> list[str]:
 
 
 def short_rows(data: Mapping[str, Any]) -> list[str]:
-    head = f"{'median us':42}{'eager':>9}{'graph':>9}{'compiled':>9}{'engine':>9}  which way; ratios to graph, eager"
+    head = f"{'median us':46}{'eager':>9}{'graph':>9}{'compiled':>9}{'engine':>9}  which way; ratios to graph, eager"
     out = [head]
     for key, table in data.items():
         if not isinstance(table, Mapping):
@@ -157,9 +157,12 @@ def short_rows(data: Mapping[str, Any]) -> list[str]:
         kinds = [(name, ways) for name, ways in table.items() if name in rows.KINDS]
         for name, ways in kinds:
             what = key if name in key else f"{key}, {name}"
-            out.append(f"{what[:42]:42}{_times(ways)}"[:120])
+            out.append(f"{what[:46]:46}{_times(ways)}"[:120])
             out += [f"    {label}: {ways[label]['penalty_overhead']:.2f} times its time without the penalty"
                     for label in ("eager", "eager graph", _best(ways, "engine")) if "penalty_overhead" in
+                    ways.get(label, {})]  # fmt: skip
+            out += [f"    {label}: an update of the critic with its fakes {ways[label]['critic_with_fakes_us']:.1f}"
+                    for label in ("eager", "eager graph", _best(ways, "engine")) if "critic_with_fakes_us" in
                     ways.get(label, {})]  # fmt: skip
             out += [f"    {label}: {row.get('wrong') or row['failed']}"[:120] for label, row in ways.items()
                     if "wrong" in row or "failed" in row]  # fmt: skip

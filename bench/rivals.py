@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,14 +44,17 @@ class Setting:
     d: nn.Module
     latent: int
     real: torch.Tensor
+    fake: torch.Tensor | None  # of an update of the critic alone; a whole iteration makes its own
+    n_critic: int = 1
 
     @staticmethod
-    def of(work: Work, device: torch.device, precision: str) -> Setting:
+    def of(work: Work, device: torch.device, precision: str, n_critic: int = 1) -> Setting:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             g, d, latent, shape = work.networks()
-            real = torch.rand(work.batch, *shape) * 2 - 1
-        return Setting(work, device, precision, g, d, latent, real.to(device))
+            real, fake = (torch.rand(work.batch, *shape, device="cpu") * 2 - 1 for _ in range(2))
+        given = None if work.whole else fake.to(device)
+        return Setting(work, device, precision, g, d, latent, real.to(device), given, n_critic)
 
     def networks(self) -> tuple[nn.Module, nn.Module]:
         return copy.deepcopy(self.g).to(self.device), copy.deepcopy(self.d).to(self.device)
@@ -93,12 +95,14 @@ class Way:
     """One way of doing the update.
 
     Attributes:
-        run: what is timed: the update, noise drawn.
+        run: the update, noise drawn.
         given: the update on given noise, or ``None`` where it draws its own only.
         networks: that it trains, ``(generator, discriminator)``.
         moments: Adam's first, of all players that are updated.
         keep: what must live as long.
         graph: the CUDA graph that ``run`` replays, or ``None``.
+        trained: the networks that are updated.
+        many: a call that makes ``calls`` updates, where that is what is timed.
     """
 
     run: Callable[[], object]
@@ -107,7 +111,9 @@ class Way:
     moments: Callable[[], list[torch.Tensor]]
     keep: Any = None
     graph: Any = None
-    trained: tuple[nn.Module, ...] = field(default=())
+    trained: tuple[nn.Module, ...] = ()
+    many: Callable[[], object] | None = None
+    calls: int = 1
 
 
 # ---- by hand
@@ -132,7 +138,7 @@ def _as_written(s: Setting, g: nn.Module, d: nn.Module, **options: Any) -> _Upda
     def d_update(z: torch.Tensor, alpha: torch.Tensor) -> None:
         d_opt.zero_grad()
         with s.reduced():
-            fake = g(z).detach().float()
+            fake = g(z).detach().float() if s.fake is None else s.fake
             loss = work.kind.d_loss(lambda x: d(x).float(), full_slope, s.real, fake, alpha, work.weight)
         loss.backward()
         d_opt.step()
@@ -159,7 +165,7 @@ def _as_compiled(s: Setting, g: nn.Module, d: nn.Module, compile_options: dict[s
 
     def d_grads(z: torch.Tensor, alpha: torch.Tensor) -> Iterable[torch.Tensor]:
         with s.reduced():
-            fake = call(g, g_params, z)
+            fake = call(g, g_params, z) if s.fake is None else s.fake
 
         def loss(params: dict[str, torch.Tensor]) -> torch.Tensor:
             def full_slope(_: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,22 +218,20 @@ def by_hand(
     made = _as_written(s, g, d, **options) if compiled is None else _as_compiled(s, g, d, compiled, **options)
     buffers = s.noise()[0]
 
-    def draw() -> None:
-        z, alpha, z_g = buffers
-        z.normal_()
-        alpha.uniform_()
+    def update(noise: Noise = buffers, draw: bool = False) -> None:
+        z, alpha, z_g = noise
+        for _ in range(s.n_critic):
+            if draw:
+                alpha.uniform_()
+                if s.work.whole:
+                    z.normal_()
+            made.d(z, alpha)
         if s.work.whole:
-            z_g.normal_()
+            if draw:
+                z_g.normal_()
+            made.g(z_g)
 
-    def update(noise: Noise = buffers) -> None:
-        made.d(noise[0], noise[1])
-        if s.work.whole:
-            made.g(noise[2])
-
-    def run() -> None:
-        draw()
-        update()
-
+    run = partial(update, draw=True)
     given: Callable[[Noise], None] = update
     keep: Any = made
     replayed = None
@@ -289,29 +293,28 @@ def _reset(
 
 
 def by_engine(
-    s: Setting, *, executor: str = "eager", backend: str = "reference", closed_form: bool = True
+    s: Setting, *, executor: str = "eager", backend: str = "reference", closed_form: bool = True, calls: int = 1
 ) -> Way:  # fmt: skip
-    """The engine's way.
+    """The engine's way, by ``step``; ``calls``: so many updates in one call, on the same real rows.
 
     Raises:
         InputError: the engine does not have it here.
+        Skip: it falls back to something else.
     """
     g, d = s.networks()
     adam = fastgan.Adam(LR, s.work.kind.betas)
-    options: dict[str, Any] = {}
-    if "executor" in inspect.signature(fastgan.Engine).parameters:
-        options["executor"] = executor
-    elif executor != "eager":
-        raise Skip(f"this engine has no executor {executor!r}")
+    anything: Any = {"executor": executor, "backend": backend, "precision": s.precision}
     engine = fastgan.Engine(
-        g, d, s.latent, s.work.kind.loss, s.work.kind.penalties(s.work.weight), g_optimizer=adam, d_optimizer=adam,
-        ema=None, precision=s.precision, backend=backend, device=s.device, seed=1, closed_form=closed_form, **options,
-    )  # type: ignore[arg-type]  # fmt: skip
+        g if s.work.whole else None, d, s.latent, s.work.kind.loss, s.work.kind.penalties(s.work.weight),
+        s.n_critic, adam, adam, ema=None, device=s.device, seed=1, closed_form=closed_form, **anything,
+    )  # fmt: skip
     players = "gd" if s.work.whole else "d"
 
     def given(noise: Noise) -> None:
         z, alpha, z_g = noise
-        engine.d_step(s.real, z=z, alpha=alpha if s.work.weight and s.work.kind.loss == "wasserstein" else None)
+        weights = alpha if s.work.weight and s.work.kind.loss == "wasserstein" else None
+        for _ in range(s.n_critic):
+            engine.d_step(s.real, z=z if s.work.whole else None, alpha=weights, fake=s.fake)
         if s.work.whole:
             engine.g_step(z=z_g, real=s.real if engine.loss.compares else None)
 
@@ -319,8 +322,20 @@ def by_engine(
         state = engine.state_dict()
         return [one["exp_avg"] for key in players for one in state[f"{key}_optimizer"]["state"].values()]
 
-    run = partial(engine.step if s.work.whole else engine.d_step, s.real)
-    return Way(run, given, (g, d), moments, engine, trained=(g, d) if s.work.whole else (d,))
+    real = s.real.repeat(s.n_critic, *[1] * (s.real.ndim - 1))
+    fake = None if s.fake is None else s.fake.repeat(s.n_critic, *[1] * (s.fake.ndim - 1))
+    start = copy.deepcopy(engine.state_dict())
+    run = partial(engine.step, real, fake=fake)
+    run()
+    variants = [*engine._executor._variants.values()] if engine._executor is not None else []
+    if executor not in ("eager", "persistent") and not (variants and variants[0].recording is not None):
+        raise Skip(f"not recorded: {variants[0].why_unrecorded if variants else 'there is no variant'}")
+    engine.load_state_dict(start)
+    trained = (g, d) if s.work.whole else (d,)
+    way = Way(run, given, (g, d), moments, engine, variants[0].recording if variants else None, trained)
+    if calls > 1:
+        way.many, way.calls = partial(variants[0].run, calls), calls
+    return way
 
 
 # ---- all ways
@@ -339,6 +354,7 @@ ENGINE: dict[str, Callable[[Setting], Way]] = {
     "engine reference graph": partial(by_engine, executor="graph"),
     "engine kernels": partial(by_engine, backend="triton"),
     "engine graph": partial(by_engine, backend="triton", executor="graph"),
+    "engine graph, 20 a call": partial(by_engine, backend="triton", executor="graph", calls=20),
     "engine dependent": partial(by_engine, backend="triton", executor="dependent"),
     "engine persistent": partial(by_engine, backend="triton", executor="persistent"),
 }

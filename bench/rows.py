@@ -12,20 +12,34 @@ import torch
 from torch import nn
 
 from bench import bench_memory, machine, rivals
-from bench.bench_closed_form import PLAIN, WGAN_GP, Kind, Networks, Work, gflop, vanilla
+from bench.bench_closed_form import PLAIN, WGAN_GP, Kind, Networks, Work, gflop, multiply_adds, vanilla
 from bench.conditions import conditions
 from bench.rivals import Setting, Way
 from bench.sections import Context, Skip
 from bench.timing import BLOCK_S, interleaved, wait
 
 WGAN = dataclasses.replace(WGAN_GP, autograd=PLAIN.autograd, closed=PLAIN.closed)  # no penalty: other products
-KINDS: dict[str, tuple[Kind, float, bool]] = {  # kind, weight of the penalty, whether the generator is updated too
-    "vanilla iteration": (PLAIN, 0.0, True),
-    "wgan-gp critic": (WGAN_GP, 10.0, False),
-    "wgan critic": (WGAN, 0.0, False),
-    "wgan-gp iteration": (WGAN_GP, 10.0, True),
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What is timed: a whole iteration, or an update of the critic on given fakes."""
+
+    kind: Kind
+    weight: float  # of the penalty
+    whole: bool = False
+    n_critic: int = 1
+
+
+KINDS = {
+    "vanilla iteration": Update(PLAIN, 0.0, whole=True),
+    "wgan-gp critic": Update(WGAN_GP, 10.0),
+    "wgan critic": Update(WGAN, 0.0),
+    "wgan-gp iteration": Update(WGAN_GP, 10.0, whole=True),
+    "wgan-gp iteration, n_critic 5": Update(WGAN_GP, 10.0, whole=True, n_critic=5),
 }
 OVERHEAD = "wgan-gp critic", "wgan critic"  # with the penalty, and without
+CRITICS = "wgan-gp iteration, n_critic 5", "wgan-gp iteration"  # differ by four updates of the critic with their fakes
 PRECISIONS = ("fp32", "bf16")
 ADAM_BYTES = 32  # per parameter: value, gradient and two moments, read and written in fp32
 
@@ -40,9 +54,11 @@ def batches(context: Context) -> tuple[int, ...]:
     return (4,) if context.tiny else (64, 256, 1024)
 
 
-def work_of(context: Context, name: str, batch: int) -> Work:
-    kind, weight, whole = KINDS[name]
-    return Work(small if context.tiny else vanilla, kind, weight, batch, whole=whole)
+def setting(context: Context, name: str, batch: int, precision: str) -> Setting:
+    update = KINDS[name]
+    networks = small if context.tiny else vanilla
+    work = Work(networks, update.kind, update.weight, batch, whole=update.whole)
+    return Setting.of(work, context.device, precision, update.n_critic)
 
 
 # ---- time
@@ -83,32 +99,38 @@ def measured(
     """By kind of update and way: whether it is right, its time, and what that is of the machine's limit."""
     table: dict[str, Any] = {}
     runs: dict[tuple[str, str], Way] = {}
-    for name in kinds:
-        s = Setting.of(work_of(context, name, batch), context.device, precision)
+    settings = {name: setting(context, name, batch, precision) for name in kinds}
+    for name, s in settings.items():
         kept: dict[str, Way] = {}
         table[name] = rivals.prepared(s, ways, kept)
         runs |= {(name, label): way for label, way in kept.items()}
     rounds = 3 if context.tiny else 30
     table["conditions"] = {
-        "batch": batch, "precision": precision, "real rows": "fixed, on the device", "noise": "fresh in every update",
+        "batch": batch, "precision": precision, "samples": "real rows (and a critic's given fakes) fixed, on the device",
+        "noise": "fresh in every update",
         "timing": f"up to {rounds} rounds, ways in turn, blocks of at least {BLOCK_S * 1e3:g} ms between two waits",
         "machine": machine.state(context.device) if context.device.type == "cuda" else conditions(),
     }  # fmt: skip
     deadline = time.monotonic() + max(5.0, min(25.0, context.left() / 2))
     with s.products():
         timed = interleaved(
-            {"\n".join(key): way.run for key, way in runs.items()}, context.device, rounds, deadline
+            {"\n".join(key): way.many or way.run for key, way in runs.items()}, context.device, rounds, deadline
         )  # fmt: skip
-    for name, label in runs:
-        row = table[name][label]
-        row |= timed["\n".join((name, label))]
-        row |= limits(context, work_of(context, name, batch), precision, label, row["median_us"])
+    for (name, label), way in runs.items():
+        row, times = table[name][label], timed["\n".join((name, label))]
+        row |= {k: v / way.calls if k.endswith("_us") else v for k, v in times.items()}
+        row |= limits(context, settings[name], label, row["median_us"])
     for name in kinds:
         for label, row in table[name].items():
             row |= ratios(table[name], label, row) if "median_us" in row else {}
-            other = table.get(OVERHEAD[1], {}).get(label, {})
-            if name == OVERHEAD[0] and "median_us" in row and "median_us" in other:
-                row["penalty_overhead"] = row["median_us"] / other["median_us"]
+    for label, row in table.get(OVERHEAD[0], {}).items():
+        other = table.get(OVERHEAD[1], {}).get(label, {})
+        if "median_us" in row and "median_us" in other:
+            row["penalty_overhead"] = row["median_us"] / other["median_us"]
+    for label, row in table.get(CRITICS[0], {}).items():
+        other = table.get(CRITICS[1], {}).get(label, {})
+        if "median_us" in row and "median_us" in other:
+            row["critic_with_fakes_us"] = (row["median_us"] - other["median_us"]) / 4
     bad = [
         f"{name}, {label}: {row.get('wrong') or row['failed']}"
         for name in kinds
@@ -130,19 +152,18 @@ def ratios(table: Mapping[str, Any], label: str, row: Mapping[str, float]) -> di
     return found
 
 
-def limits(context: Context, work: Work, precision: str, label: str, time_us: float) -> dict[str, float]:
+def limits(context: Context, s: Setting, label: str, time_us: float) -> dict[str, float]:
     """Operations and bytes of the update, and the share of the time that the machine's measured limits account for.
 
     Bytes are those of the optimiser alone, the least that an update moves; they may come from the cache.
     """
     closed = label.startswith("engine") and label != "engine autograd"
-    n_gflop = gflop(work)["closed form" if closed else "autograd"]
-    g, d, *_ = work.networks()
-    trained = (g, d) if work.whole else (d,)
-    n_bytes = ADAM_BYTES * sum(p.numel() for net in trained for p in net.parameters())
-    out: dict[str, float] = {"gflop": n_gflop, "bytes": n_bytes, "tflop_per_s": n_gflop / time_us / 1e-3 / 1e3}
+    n_gflop = operations(s)["closed form" if closed else "autograd"]
+    sizes = [sum(p.numel() for p in net.parameters()) for net in (s.g, s.d)]
+    n_bytes = ADAM_BYTES * (s.n_critic * sizes[1] + (sizes[0] if s.work.whole else 0))
+    out: dict[str, float] = {"gflop": n_gflop, "bytes": n_bytes, "tflop_per_s": n_gflop / time_us * 1e3}
     found = context.of("ceilings")
-    rate = found.get(f"matrix {precision}", {}).get("tflop_per_s")
+    rate = found.get(f"matrix {s.precision}", {}).get("tflop_per_s")
     bandwidth = found.get("copy l2", {}).get("gb_per_s")
     if rate and bandwidth:
         out["share_of_matrix_rate"] = out["tflop_per_s"] / rate
@@ -151,15 +172,24 @@ def limits(context: Context, work: Work, precision: str, label: str, time_us: fl
     return out
 
 
+def operations(s: Setting) -> dict[str, float]:
+    """GFLOP of the products, through autograd and in closed form."""
+    alone = gflop(dataclasses.replace(s.work, whole=False))  # an update of the critic, with its fakes
+    if s.work.whole:
+        return {k: whole + (s.n_critic - 1) * alone[k] for k, whole in gflop(s.work).items()}
+    fakes = 2 * s.work.batch * multiply_adds(s.g, torch.zeros(1, s.latent))[0] / 1e9
+    return {k: v - fakes for k, v in alone.items()}
+
+
 # ---- launches
 
 
 def kernels(context: Context) -> None:
     """Kernels, copies and fills of one update by way, counted by the profiler and, of a graph, by the driver."""
     ways = rivals.hand_written(context.device) | rivals.ENGINE
-    ways.pop("eager again"), ways.pop("eager graph again")
+    ways = {label: make for label, make in ways.items() if not label.endswith(("again", "a call"))}
     for name in ("vanilla iteration", "wgan-gp critic", "wgan-gp iteration"):
-        s = Setting.of(work_of(context, name, batches(context)[0]), context.device, "bf16")
+        s = setting(context, name, batches(context)[0], "bf16")
         for label, make in ways.items():
             context.part(f"{name}, {label}", partial(counted, s, make))
 
@@ -200,14 +230,13 @@ def profiled(run: Callable[[], object], device: torch.device, calls: int = 4) ->
 
 
 def graph_nodes(graph: Any) -> Any:
+    """By kind; of the engine's recording or of a graph by hand."""
+    from fastgan import driver
+
     try:
-        from fastgan.driver import nodes
-    except ImportError:
-        return {"skipped": "this fastgan does not ask the driver"}
-    try:
-        return nodes(graph)
-    except Exception as e:  # no handle of a graph that was not kept, or no native extension
-        return {"skipped": f"{type(e).__name__}: {e}"}
+        return graph.nodes() if hasattr(graph, "nodes") else driver.nodes(graph)
+    except RuntimeError as e:
+        return {"skipped": str(e)}
 
 
 # ---- drift
@@ -235,7 +264,7 @@ def apart(context: Context, a: Callable[..., Way], b: Callable[..., Way], steps:
     """Distance of all parameters after so many iterations, at powers of ten."""
     import fastgan
 
-    s = Setting.of(work_of(context, "wgan-gp iteration", batches(context)[0]), context.device, "fp32")
+    s = setting(context, "wgan-gp iteration", batches(context)[0], "fp32")
     try:
         ways = [make(s) for make in (a, b)]
     except fastgan.InputError as e:
@@ -266,7 +295,7 @@ def apart(context: Context, a: Callable[..., Way], b: Callable[..., Way], steps:
 def memory(context: Context) -> None:
     """Peak of a critic update of 784-1024-1024-1024-1 at batch 4096 by way, beyond networks and batch."""
     ways = rivals.hand_written(context.device) | rivals.ENGINE
-    ways.pop("eager again"), ways.pop("eager graph again")
+    ways = {label: make for label, make in ways.items() if not label.endswith(("again", "a call"))}
     for precision in PRECISIONS:
         for label, make in ways.items():
             context.part(f"{label}, {precision}", partial(peak, context, make, precision))
