@@ -106,7 +106,8 @@ def measured(
         runs |= {(name, label): way for label, way in kept.items()}
     rounds = 3 if context.tiny else 30
     table["conditions"] = {
-        "batch": batch, "precision": precision, "samples": "real rows (and a critic's given fakes) fixed, on the device",
+        "batch": batch, "precision": precision,
+        "samples": "real rows, and a critic's given fakes: fixed, on the device",
         "noise": "fresh in every update",
         "timing": f"up to {rounds} rounds, ways in turn, blocks of at least {BLOCK_S * 1e3:g} ms between two waits",
         "machine": machine.state(context.device) if context.device.type == "cuda" else conditions(),
