@@ -422,7 +422,7 @@ class _Lowering:
             )
             for g in found
         ]  # fmt: skip
-        squares = torch.zeros(programs(problems, self.arch), dtype=torch.float64, device=self.device)
+        squares = torch.zeros(programs(problems), dtype=torch.float64, device=self.device)
         launch = weight_gradient_launch(problems, squares=squares, precision=self.precision)
         self.squares.append(squares)
         self.written |= {t.data_ptr() for g in found for t in (g.dw, g.db) if t is not None}

