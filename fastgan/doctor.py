@@ -27,12 +27,12 @@ def report() -> dict[str, Any]:
     """Look at the machine; calls the native extension and, on a GPU, compiles and runs one Triton kernel.
 
     Returns:
-        JSON-able: ``versions``, ``cpu``, ``gpus``, ``native`` and ``triton`` (each ``{"works", "detail"}``),
-        ``optional`` (package to version or ``None``), ``folders``, and ``lost``, one line for everything that is
-        missing here. CUDA is not initialised where there is no GPU.
+        JSON-able: ``versions``, ``cpu``, ``gpus``, ``native``, ``triton`` and ``driver`` (each
+        ``{"works", "detail"}``), ``optional`` (package to version or ``None``), ``folders``, and ``lost``, one line for
+        everything that is missing here. CUDA is not initialised where there is no GPU.
     """
     gpus, no_gpu = _gpus()
-    native, triton = _native(), _triton(bool(gpus))
+    native, triton, driver = _native(), _triton(bool(gpus)), _driver()
     optional = {package: _version(package) if _imports(module) else None for package, module, *_ in _OPTIONAL}
     lost = [] if gpus else [f"no GPU is used ({no_gpu}): everything runs on the CPU"]
     if not triton["works"]:
@@ -42,6 +42,11 @@ def report() -> dict[str, Any]:
             f"the native extension does not work ({native['detail']}): batches are gathered by numpy, noise and "
             "updates on a CPU are made in PyTorch ops alone, which is slower; with a C++17 compiler installed, "
             "install fastgan again"
+        )
+    if gpus and native["works"] and not driver["works"]:
+        lost.append(
+            f"the CUDA driver cannot be called ({driver['detail']}): graphs are replayed one by one from Python, and "
+            "what they launch is not counted"
         )
     lost += [
         f"{package} is not installed: without {use}; pip install '{source}'"
@@ -55,6 +60,7 @@ def report() -> dict[str, Any]:
         "gpus": gpus,
         "native": native,
         "triton": triton,
+        "driver": driver,
         "optional": optional,
         "folders": {
             "fastgan": str(Path(fastgan.__file__).parent),
@@ -76,6 +82,7 @@ def render(report: dict[str, Any]) -> str:
     ] or [("gpu", "none")]
     for part, name in (("native", "native extension"), ("triton", "triton kernels")):
         rows.append((name, f"{'work' if report[part]['works'] else 'do not run'}: {report[part]['detail']}"))
+    rows.append(("cuda driver", report["driver"]["detail"]))
     rows += [(package, str(version or "missing (optional)")) for package, version in report["optional"].items()]
     rows += [(f"folder: {name}", path) for name, path in report["folders"].items()]
     width = max(len(name) for name, _ in rows) + 2
@@ -161,6 +168,15 @@ def _triton(gpu: bool) -> dict[str, Any]:
     if not error < 1e-6:
         return {"works": False, "detail": f"bias_lrelu differs from its reference by {error:.1e}"}
     return {"works": True, "detail": "bias_lrelu compiled, equals its reference"}
+
+
+def _driver() -> dict[str, Any]:
+    from fastgan import driver
+
+    try:
+        return {"works": True, "detail": f"runs CUDA {driver.version()}"}
+    except RuntimeError as e:
+        return {"works": False, "detail": _line(e)}
 
 
 def _line(e: Exception) -> str:

@@ -2,6 +2,8 @@
 
 An iteration is a list of phases (:mod:`fastgan.phases`). A phase whose networks can be read as chains of known layers
 runs in closed form (:mod:`fastgan.plan`), any other through autograd (:mod:`fastgan.autograd`), with the same numbers.
+On a GPU closed forms are lists of kernels (:mod:`fastgan.iteration`), and iterations are recorded as CUDA graphs
+(:mod:`fastgan.executor`).
 """
 
 from __future__ import annotations
@@ -11,19 +13,24 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from fastgan import costs, losses, noise
 from fastgan import ema as averaging
-from fastgan.adam import LossScale
+from fastgan import executor as executors
+from fastgan.adam import LossScale, Ring
 from fastgan.arithmetic import Arithmetic
 from fastgan.autograd import Autograd, Points, Samples
-from fastgan.backend import Backend, checked
+from fastgan.backend import Backend, uses_kernels
 from fastgan.ema import EMA, Average
 from fastgan.errors import InputError, unknown
+from fastgan.executor import Executor, Kind, Variant
+from fastgan.iteration import Counts, Iteration, Parts
 from fastgan.noise import Stream
 from fastgan.optim import Adam, Updater
 from fastgan.penalties import Penalty
@@ -34,10 +41,12 @@ from fastgan.planner import Example, Planner
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Latent = int | Callable[[int, torch.Generator], torch.Tensor]
 Batch = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
+Inputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]  # real samples, labels, given fakes
 State = dict[str, Any]
 
 _LOG = logging.getLogger(__name__)
 _METRICS = ("d_loss", "g_loss", "d_real", "d_fake")
+_HISTORY = 64  # iterations whose figures are kept on the device
 _MIXES_ROWS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -59,12 +68,16 @@ class Engine:
         ema: of the generator: ``None``, a decay, or :class:`EMA`.
         precision: ``"auto"`` is bf16 on GPUs that have it and fp32 elsewhere. Penalties are always fp32. Modules in
             float64 train in float64 whatever is asked for.
-        backend: ``"auto"`` and ``"reference"`` run PyTorch ops, on a CPU with native code between them; ``"triton"``
-            is refused, as no phase has Triton kernels.
+        backend: ``"auto"`` runs closed forms on Triton kernels on a GPU, and in PyTorch ops with native code between
+            them on a CPU; ``"reference"`` runs PyTorch ops; ``"triton"`` runs kernels (on a CPU in Triton's
+            interpreter) and never falls back.
         device: ``"auto"`` is the GPU where there is one.
         seed: of all noise.
         n_classes: number of classes of a conditional pair, 0 for an unconditional one.
         closed_form: run phases without autograd where that is possible; :meth:`explain` says where, and why not.
+        executor: how :meth:`step` runs an iteration. ``"graph"``, on a GPU what ``"auto"`` means, records it as a CUDA
+            graph; ``"dependent"`` lets each kernel of that graph start before the one before it has ended (compute
+            capability 9.0); ``"persistent"`` runs it as one cooperative launch; ``"eager"`` records nothing.
 
     The parameters become views of one flat tensor per network: ``state_dict()`` and in-place changes work as ever.
 
@@ -89,6 +102,7 @@ class Engine:
         seed: int = 0,
         n_classes: int = 0,
         closed_form: bool = True,
+        executor: Kind = "auto",
     ) -> None:
         if isinstance(latent, int) and latent < 1:
             raise InputError(f"Engine: latent is {latent}, expected >= 1")
@@ -96,8 +110,6 @@ class Engine:
             raise InputError(f"Engine: n_critic is {n_critic}, expected a whole number >= 1")
         if not isinstance(ema, EMA | int | float | None):
             raise InputError(f"Engine: ema is {ema!r}, expected None, a decay or fastgan.EMA")
-        if checked(backend, "Engine") == "triton":
-            raise InputError("Engine: backend is 'triton', but no phase has Triton kernels: use 'auto' or 'reference'")
         if generator is None and n_classes:
             raise InputError("Engine: n_classes is given, but there is no generator to make samples of a class")
         self.device = _device(device)
@@ -120,6 +132,11 @@ class Engine:
             self._probe(self._probe_generator())
         if self.dtype not in (torch.float32, torch.float64):
             raise InputError(f"Engine: parameters are {self.dtype}, expected float32 or float64; see precision")
+        self.backend = backend
+        self.kernels = uses_kernels("Engine", backend, self.device) and (
+            backend == "triton" or self.dtype != torch.float64
+        )
+        self.executor = executors.choose(executor, self.device, self.kernels)
         self.precision = self._precision(precision)
         self._arithmetic = Arithmetic(self.precision, self.device)
         lazy = sorted({p.interval for p in self.penalties if p.interval > 1})
@@ -140,17 +157,25 @@ class Engine:
         if self.ema is not None and self.generator_ema is not None:
             average = Average(self.generator_ema, self.ema, self._image_count, self._averaged)
         self._g: Updater | None = None
+        implementation: Backend | None = (
+            "triton" if self.kernels else "reference" if self.device.type == "cuda" else None
+        )
         if generator is not None:
             self._g = Updater(
-                "g_optimizer", generator, self.g_optimizer, update=self._g_count, average=average, other=discriminator
-            )
+                "g_optimizer", generator, self.g_optimizer, update=self._g_count, average=average, other=discriminator,
+                backend=implementation,
+            )  # fmt: skip
         self._d = Updater(
             "d_optimizer", discriminator, self.d_optimizer, sum(1 / k for k in lazy), update=self._d_count,
-            clip=self.loss.clip, other=generator,
+            clip=self.loss.clip, other=generator, backend=implementation,
         )  # fmt: skip
-        self._metrics = torch.full((len(_METRICS),), math.nan, dtype=self.dtype, device=self.device)
         intervals = [phase.every for phase in self.phases if phase.penalties]
-        self._penalty = {every: torch.full_like(self._metrics[0], math.nan) for every in intervals}
+        self._intervals = tuple(intervals)
+        n_figures = len(_METRICS) + len(intervals) + 2
+        self._figures = torch.full((n_figures,), math.nan, dtype=self.dtype, device=self.device)
+        self._point_at_figures()
+        rows = torch.full((_HISTORY, n_figures), math.nan, dtype=self.dtype, device=self.device)
+        self._ring = Ring(self._figures, rows, torch.zeros((), dtype=torch.int64, device=self.device))
         self._loss_scale = LossScale.on(self.device)
         self._warn_of_mixed_rows()
         self._autograd = Autograd(
@@ -158,25 +183,35 @@ class Engine:
             packed=self.packed, scale=self._loss_scale.scale,
         )  # fmt: skip
         self._autograd.sigmoid = self._sigmoid
-        self._measured = self._named_metrics()
         self._closed_form = closed_form
         self._planner: Planner | None = None
-        self._said: set[Phase] = set()
+        self._executor: Executor | None = None
+        self._readings = 0
+        self._said: set[object] = set()
 
     # ---- set-up
 
     def __getstate__(self) -> State:
-        """Without the plans, which hold addresses: a copy makes its own."""
-        return self.__dict__ | {"_planner": None, "_measured": None}
+        """Without plans and recordings, which hold addresses, and views, which pickling does not keep."""
+        apart = ("_planner", "_executor", "_measured", "_metrics", "_penalty")
+        return self.__dict__ | dict.fromkeys(apart)
 
     def __setstate__(self, state: State) -> None:
         self.__dict__.update(state)
-        self._measured = self._named_metrics()
+        self._point_at_figures()
+        self._ring = replace(self._ring, values=self._figures)
 
-    def _named_metrics(self) -> dict[str | int, torch.Tensor]:
-        """Where updates write their figures: views, which pickling does not keep."""
-        figures: dict[str | int, torch.Tensor] = dict(zip(_METRICS, self._metrics, strict=True))
-        return figures | self._penalty
+    def _point_at_figures(self) -> None:
+        """Let every figure of an update be part of one tensor, a row of the ring."""
+        figures, n = self._figures, len(_METRICS)
+        self._metrics = figures[:n]
+        self._penalty = {every: figures[n + i] for i, every in enumerate(self._intervals)}
+        self._measured: dict[str | int, torch.Tensor] = {}
+        self._measured.update(zip(_METRICS, self._metrics, strict=True))
+        self._measured.update(self._penalty.items())
+        self._d.measure_into(figures[-2])
+        if self._g is not None:
+            self._g.measure_into(figures[-1])
 
     def _precision(self, asked: str) -> str:
         if asked not in get_args(Precision):
@@ -253,8 +288,10 @@ class Engine:
             obstacle = next((u.obstacle for u in updaters if u.obstacle is not None), None)
             if self.n_classes:
                 obstacle = "conditional networks take labels beside their input"
-            if self.precision in ("tf32", "fp16"):
-                obstacle = f"closed forms run in fp32, fp64 and bf16, not in {self.precision}"
+            if self.precision in ("tf32", "fp16") and not self.kernels:
+                obstacle = f"closed forms in PyTorch ops run in fp32, fp64 and bf16, not in {self.precision}"
+            if self.precision == "fp16" and any(u.optimizer is not None for u in updaters):
+                obstacle = "closed forms in fp16 scale gradients, which only the engine's own optimisers know"
             if not self._closed_form:
                 obstacle = "closed_form is False"
             self._planner = Planner(
@@ -273,6 +310,8 @@ class Engine:
                     logits=self._sigmoid is not None,
                 ),
                 packed=self.packed,
+                products=("tf32" if self.precision == "tf32" else "ieee") if self.kernels else None,
+                loss_scale=self._loss_scale.scale if self.precision == "fp16" else None,
             )
         return self._planner
 
@@ -364,6 +403,20 @@ class Engine:
         Raises:
             InputError: a shape, dtype or number of rows does not fit.
         """
+        _check_mode("step")
+        batches = self._batches(real, labels, fake)
+        if self.kernels or self.executor != "eager":
+            self._step_as_variant(list(batches))
+            return
+        for x, y, f in batches:
+            self.d_step(x, labels=y, fake=f)
+        if self.generator is not None:
+            self.g_step(real=x if self.loss.compares else None, labels=y)
+
+    def _batches(
+        self, real: torch.Tensor | Iterator[Batch], labels: torch.Tensor | None, fake: torch.Tensor | None
+    ) -> Iterator[Inputs]:
+        """What each discriminator update of an iteration is given."""
         if isinstance(real, torch.Tensor):
             rows = len(real) if real.ndim else 0
             if not rows or rows % self.n_critic:
@@ -386,10 +439,143 @@ class Engine:
             if batch is None:
                 raise InputError(f"step: the feed ended; an iteration takes n_critic = {self.n_critic} batches")
             x, *rest = batch if isinstance(batch, tuple | list) else (batch,)
-            y = rest[0] if rest and self.n_classes else None
-            self.d_step(x, labels=y, fake=next(fakes, None))
-        if self.generator is not None:
-            self.g_step(real=x if self.loss.compares else None, labels=y)
+            yield x, rest[0] if rest and self.n_classes else None, next(fakes, None)
+
+    # ---- whole iterations over static memory
+
+    def _step_as_variant(self, given: Sequence[Inputs]) -> None:
+        """One iteration, recorded where that is possible."""
+        batches: list[Inputs] = []
+        for x, y, f in given:
+            real = self._real("step", x)
+            fake = self._given("step: fake", f, tuple(real.shape))
+            if fake is None and self.generator is None:
+                raise InputError("step: the engine has no generator: give fake")
+            batches.append((real, self._labels("step", y, len(real)), fake))
+        batch = len(batches[0][0])
+        if any(len(x) != batch for x, *_ in batches):
+            raise InputError(f"step: the batches have {[len(x) for x, *_ in batches]} rows, expected equal numbers")
+        variant = self._variant(batch, batches[0][1] is not None)
+        variant.load(batches)
+        self._run_variant(variant, batch)
+
+    def _due(self, ahead: int = 0) -> list[Phase]:
+        """Phases of the discriminator's update that many updates from now."""
+        n = self.d_updates + ahead
+        return [p for p in self.phases if p.player == "discriminator" and n % p.every == 0]
+
+    def _variant(self, batch: int, labelled: bool) -> Variant:
+        """How the next iteration runs."""
+        self.batch = batch
+        self._attach()
+        planner = self._plans()
+        planner.refresh()
+        if self._executor is None or self._readings != planner.readings:
+            if self._executor is None:
+                self._executor = Executor(self.executor, self.device, self._state_tensors)
+            self._executor.clear()
+            self._readings = planner.readings
+        due = [self._due(k) for k in range(self.n_critic)]
+        key = (batch, labelled, tuple(tuple(self.phases.index(p) for p in phases) for phases in due))
+        variant = self._executor.find(
+            key, lambda: self._lay_out(batch, due), lambda: self._updates_one_by_one(batch, due, labelled),
+            self._why_unrecorded(),
+        )  # fmt: skip
+        self._say_why(variant)
+        return variant
+
+    def _run_variant(self, variant: Variant, batch: int) -> None:
+        updaters = [u for u in (self._d, self._g) if u is not None]
+        for updater in updaters:
+            updater.refresh()
+        if variant.iteration is None or self._arithmetic.is_set(self._products):
+            variant.run()
+        else:
+            with self._arithmetic.matmul(self._products):
+                variant.run()
+        if variant.iteration is not None:
+            for updater, active in variant.iteration.active.items():
+                updater.noted(active)
+        self.d_updates += self.n_critic
+        self.images += self.n_critic * batch
+        self.g_updates += self.generator is not None
+
+    def _lay_out(self, batch: int, due: Sequence[Sequence[Phase]]) -> Iteration:
+        """The iteration as a list of launches.
+
+        Raises:
+            LookupError: there is none; says why.
+        """
+        if not self.kernels:
+            raise LookupError("backend is 'reference'" if self.device.type == "cuda" else "the device is no GPU")
+        if not isinstance(self.latent, int):
+            raise LookupError("latent is a function of yours, which runs on the host")
+        for updater, name in ((self._d, "d_optimizer"), (self._g, "g_optimizer")):
+            if updater is not None and not updater.on_kernels:
+                raise LookupError(f"{name}: {updater.obstacle or 'it is yours'}")
+        parts = Parts(
+            planner=self._plans(), d=self._d, g=self._g, seed=self.seed, latent=self.latent, ring=self._ring,
+            counts=Counts(self._d_count, self._g_count, self._image_count),
+            loss_scale=self._loss_scale if self.precision == "fp16" else None,
+        )  # fmt: skip
+        generator = self.phases[-1] if self.generator is not None else None
+        return Iteration(parts, due, generator, batch, self.loss.compares)
+
+    def _updates_one_by_one(self, batch: int, due: Sequence[Sequence[Phase]], labelled: bool) -> Variant:
+        """The iteration as the updates that :meth:`d_step` and :meth:`g_step` make, over static inputs."""
+        variant, shape = Variant(), (batch, *(self.sample_shape or ()))
+        for _ in due:
+            variant.real.append(torch.zeros(shape, dtype=self.dtype, device=self.device))
+            if labelled:
+                variant.labels.append(torch.zeros(batch, dtype=torch.int64, device=self.device))
+            if self.generator is None:
+                variant.fake.append(torch.zeros(shape, dtype=self.dtype, device=self.device))
+
+        def body() -> None:
+            for i, phases in enumerate(due):
+                labels, fake = (places[i] if places else None for places in (variant.labels, variant.fake))
+                self._update_discriminator(phases, variant.real[i], fake, labels)
+            if self.generator is not None:
+                labels = variant.labels[-1] if variant.labels else None
+                self._update_generator(None, variant.real[-1] if self.loss.compares else None, labels, batch)
+
+        variant.body = body
+        return variant
+
+    def _why_unrecorded(self) -> str | None:
+        """Why updates that run one by one cannot be recorded, as far as is known beforehand."""
+        if not isinstance(self.latent, int):
+            return "latent is a function of yours, which runs on the host"
+        for updater, name in ((self._d, "d_optimizer"), (self._g, "g_optimizer")):
+            if updater is not None and updater.optimizer is not None and not updater.fused:
+                return f"{name} is {type(updater.optimizer).__name__}, whose numbers on the host a graph would freeze"
+        return None
+
+    def _say_why(self, variant: Variant) -> None:
+        """Say once why a faster path is not taken; an explicit backend or executor is an error then."""
+        if variant.why_updates is not None and self.backend == "triton":
+            raise InputError(f"Engine: backend is 'triton', but {variant.why_updates}")
+        why_unrecorded = variant.why_unrecorded if self.executor != "eager" else None
+        for what, why in (("runs update by update", variant.why_updates), ("is not recorded", why_unrecorded)):
+            if why is not None and self.kernels and (what, why) not in self._said:
+                _LOG.warning("fastgan: the iteration %s: %s", what, why)
+                self._said.add((what, why))
+
+    def _state_tensors(self) -> list[torch.Tensor]:
+        """All memory that an iteration changes and that outlives it."""
+        updaters = [u for u in (self._g, self._d) if u is not None]
+        networks = [n for n in (self.generator, self.discriminator, self.generator_ema) if n is not None]
+        tensors = [t for t in tree_leaves(self.state_dict()) if isinstance(t, torch.Tensor) and t.device == self.device]
+        tensors += [b for n in networks for b in n.buffers()]
+        tensors += [u.arena.grad for u in updaters if u.arena is not None]
+        tensors += [u.arena.low for u in updaters if u.arena is not None and u.arena.has_low]
+        counters = [self._d_count, self._g_count, self._image_count, self._averaged]
+        return [*tensors, *counters, self._figures, self._ring.rows, self._ring.slot]
+
+    @property
+    def _products(self) -> str:
+        """The setting of torch's fp32 products in plans."""
+        return "high" if self.precision == "tf32" else "highest"
 
     def d_step(
         self,
@@ -431,9 +617,17 @@ class Engine:
             raise InputError("d_step: both z and fake were given, expected one of them")
         self.batch = batch
         self._attach()
-        due = [p for p in self.phases if p.player == "discriminator" and self.d_updates % p.every == 0]
-        planner = self._plans()
-        planner.refresh()
+        self._plans().refresh()
+        self._update_discriminator(self._due(), real, fake, labels, z, alpha, delta)
+        self.d_updates += 1
+        self.images += batch
+
+    def _update_discriminator(
+        self, due: Sequence[Phase], real: torch.Tensor, fake: torch.Tensor | None, labels: torch.Tensor | None,
+        z: torch.Tensor | None = None, alpha: torch.Tensor | None = None, delta: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """The phases of one update, all on the device where noise is."""
+        planner, batch = self._plans(), len(real)
         plans = [self._plan_or_say(planner, phase, batch) for phase in due]
         samples = Samples(real, self._fakes(fake, z, labels, batch, plans), labels, alpha, delta)
         self._draw(samples, due, plans)
@@ -445,23 +639,29 @@ class Engine:
         for phase, plan in zip(due, plans, strict=True):
             if plan is not None:
                 self._run(plan)
-                self._d.step(plan.active(self._d.params))
+                self._d.step(plan.active(self._d.params), **self._extras(plan))
                 continue
             points = Points(self._autograd, samples, bool(self.penalties))
             grads = self._autograd.discriminator_gradients(phase, points, self._d.params, self._measured)
             self._d.apply(grads)
             if self.precision == "fp16" and phase.adversarial:
                 self._loss_scale.adapt(self._d.grad_norm)
-        self.d_updates += 1
-        self.images += batch
         self._d_count.add_(1)
         self._image_count.add_(batch)
+
+    def _extras(self, plan: Plan) -> State:
+        """What a plan of kernels leaves for the optimiser besides gradients."""
+        if not self.kernels or self._d.optimizer is not None:
+            return {}
+        return {"squares": plan.squares, "loss_scale": self._loss_scale if self.precision == "fp16" else None}
 
     def _plan_or_say(self, planner: Planner, phase: Phase, batch: int) -> Plan | None:
         """The phase's plan; why there is none is logged, once."""
         found = planner.find(phase, batch)
         if isinstance(found, Plan):
             return found
+        if self.backend == "triton":
+            raise InputError(f"Engine: backend is 'triton', but the {phase.player}'s update has no kernels: {found}")
         if phase not in self._said and self._closed_form:
             what = " and ".join([self.loss.name] * phase.adversarial + [p.name for p in phase.penalties])
             _LOG.warning("fastgan: the %s's update (%s) runs through autograd: %s", phase.player, what, found)
@@ -473,6 +673,7 @@ class Engine:
         for updater in (self._g, self._d):
             if updater is not None:
                 updater.attach()
+                updater.refresh()
 
     def _fakes(
         self, fake: torch.Tensor | None, z: torch.Tensor | None, labels: torch.Tensor | None, batch: int,
@@ -527,10 +728,10 @@ class Engine:
                 place.copy_(value.view(place.shape) if value.is_contiguous() else value.reshape(place.shape))
 
     def _run(self, plan: Plan) -> None:
-        if self._arithmetic.is_set("highest"):
+        if self._arithmetic.is_set(self._products):
             plan.run()
             return
-        with self._arithmetic.matmul("highest"):
+        with self._arithmetic.matmul(self._products):
             plan.run()
 
     def g_step(
@@ -558,7 +759,6 @@ class Engine:
             raise InputError("g_step: the batch size is not known: give z, or call d_step first")
         if batch % self.packed:
             raise InputError(f"g_step: z has {batch} rows, expected a multiple of pac = {self.packed}")
-        step = self._g_count if isinstance(self.latent, int) else self.g_updates
         if z is not None:
             z = self._given_latents("g_step: z", z, batch)
         if self.n_classes and labels is None and not self.loss.compares:
@@ -573,22 +773,29 @@ class Engine:
         else:
             real = None
         self._attach()
-        planner = self._plans()
-        planner.refresh()
-        plan = self._plan_or_say(planner, self.phases[-1], batch)
+        self._plans().refresh()
+        self._update_generator(z, real, labels, batch)
+        self.g_updates += 1
+
+    def _update_generator(
+        self, z: torch.Tensor | None, real: torch.Tensor | None, labels: torch.Tensor | None, batch: int
+    ) -> None:
+        """The generator's phase, all on the device where noise is."""
+        assert self._g is not None
+        step = self._g_count if isinstance(self.latent, int) else self.g_updates
+        plan = self._plan_or_say(self._plans(), self.phases[-1], batch)
         if plan is not None:
             self._load_latents(plan.inputs["z"], z, Stream.G_LATENT, step)
             if real is not None:
                 plan.inputs["real"].copy_(real.reshape(plan.inputs["real"].shape))
             self._run(plan)
-            self._g.step(plan.active(self._g.params))
+            self._g.step(plan.active(self._g.params), **self._extras(plan))
         else:
             z = self._latents(batch, Stream.G_LATENT, step) if z is None else z
             grads = self._autograd.generator_gradients(z, real, labels, self._g.params, self._measured["g_loss"])
             self._g.apply(grads)
             if self.precision == "fp16":
                 self._loss_scale.adapt(self._g.grad_norm)
-        self.g_updates += 1
         self._g_count.add_(1)
 
     # ---- what came of it
@@ -805,6 +1012,8 @@ class Engine:
             self._loss_scale.scale.copy_(state["loss_scale"]["scale"])
             self._loss_scale.good_steps.copy_(state["loss_scale"]["good_steps"])
         self.seed = int(state["seed"])
+        if self._executor is not None:
+            self._executor.clear()  # launches hold the seed
         torch.set_rng_state(state["torch_rng"]["cpu"].cpu())
         if self.device.type == "cuda" and "cuda" in state["torch_rng"]:
             torch.cuda.set_rng_state(state["torch_rng"]["cuda"].cpu(), self.device)

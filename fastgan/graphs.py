@@ -123,7 +123,7 @@ class CudaRecorder:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device, self.stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool: Any = None
 
     @contextlib.contextmanager

@@ -14,7 +14,6 @@ is memory that nothing reads again: scratch, logits in reduced precision, seeds 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -159,7 +158,7 @@ class _Lowering:
 
     def _mixed(self, x: Tensor, weight: Tensor, y: Tensor, step: Step) -> bool:
         """The free first layer of interpolated rows."""
-        from fastgan.kernels.linear_lrelu import mixed_launch
+        from fastgan.kernels.linear_mixed import mixed_launch
 
         alpha, a, b, dst = (step.arguments[k] for k in ("alpha", "a", "b", "dst"))
         first, second, rows = _row(y, a), _row(y, b), _row(y, dst)
@@ -309,7 +308,7 @@ class _Lowering:
 
         rows, chain = len(hidden), len(seed)
         full = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        kind = player = None
+        kind, player = None, "discriminator"
         places: dict[str, int | None] = {"real": None, "fake": None}
         seeded, n, scales = 0, 0, None
         figures: dict[str, Tensor | None] = {"loss": None, "real_mean": None, "fake_mean": None}
@@ -339,12 +338,11 @@ class _Lowering:
             alone = sum(s is not None and s < seeded for k, s in places.items() if k == "fake" or player != "generator")
             if seeded != alone * n:
                 return None
-        blocks = 2 * math.ceil(rows / 16)
         return Head(
             weight=weight, bias=bias, activation=activation, slope=slope, kind=kind, player=player, n=n,
-            real=places["real"], fake=places["fake"], seeded=seeded, chain=chain, seeds=seed, scales=scales,
+            real=places["real"], fake=places["fake"] or 0, seeded=seeded, chain=chain, seeds=seed, scales=scales,
             loss_scale=loss_scale, logits=torch.zeros(rows, dtype=full, device=self.device),
-            partials=torch.zeros(3 * max(n, blocks), dtype=full, device=self.device), counter=self._counter(),
+            partials=torch.zeros(3 * -(-rows // 16), dtype=full, device=self.device), counter=self._counter(),
             **figures,
         )  # fmt: skip
 
@@ -414,7 +412,7 @@ class _Lowering:
             for g in found:
                 g.joined = None
             calls -= len(joins)
-        from fastgan.kernels.weight_gradient import Problem, programs, weight_gradient_launch
+        from fastgan.kernels.weight_gradient import Problem, programs_of, weight_gradient_launch
 
         problems = [
             Problem(
@@ -422,7 +420,7 @@ class _Lowering:
             )
             for g in found
         ]  # fmt: skip
-        squares = torch.zeros(programs(problems), dtype=torch.float64, device=self.device)
+        squares = torch.zeros(programs_of(problems), dtype=torch.float64, device=self.device)
         launch = weight_gradient_launch(problems, squares=squares, precision=self.precision)
         self.squares.append(squares)
         self.written |= {t.data_ptr() for g in found for t in (g.dw, g.db) if t is not None}
@@ -460,7 +458,7 @@ class _Lowering:
             return self._launch(interpolate_launch(a["alpha"], a["a"], a["b"], a["dst"]), 1)
         from fastgan.kernels.adversarial_loss import adversarial_loss_launch
 
-        player = "discriminator" if step.name == "discriminator_loss" else "generator"
+        player: Any = "discriminator" if step.name == "discriminator_loss" else "generator"
         launch = adversarial_loss_launch(
             a["kind"], player, a["real"], a["fake"], a.get("real_scale"), a["fake_scale"], a["loss"],
             a.get("real_mean"), a.get("fake_mean"), loss_scale=a["loss_scale"],

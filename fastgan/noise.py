@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from fastgan._native import ext
+from fastgan.backend import resolve
 from fastgan.errors import InputError
 
 Step = int | torch.Tensor
@@ -24,6 +26,7 @@ Step = int | torch.Tensor
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85  # key increments
 _LOW, _LOW64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
+_WALK = 128  # steps of a walk that is not looked at
 
 
 class Stream(enum.IntEnum):
@@ -49,15 +52,12 @@ def philox(counter: torch.Tensor, key: tuple[int, int]) -> torch.Tensor:
         counter: int64 with values in ``[0, 2**32)``.
         key: two integers in ``[0, 2**32)``.
     """
-    like = [2, *[1] * (counter.ndim - 1)]
-    multiplier = torch.tensor([_M0, _M1], device=counter.device).view(like)
-    rounds = [((key[0] + i * _W0) & _LOW, (key[1] + i * _W1) & _LOW) for i in range(10)]
-    keys = torch.tensor(rounds, device=counter.device).view(10, *like)
-    even, odd = counter[0::2], counter[1::2]
-    for i in range(10):
-        product = even * multiplier  # int64 wraps: the 64 bits are those of the unsigned product
-        even, odd = (product.flip(0) >> 32 & _LOW) ^ odd ^ keys[i], (product & _LOW).flip(0)
-    return torch.stack([even[0], odd[0], even[1], odd[1]])
+    c0, c1, c2, c3 = counter.unbind()
+    for i in range(10):  # with Python's numbers: a tensor of constants would be a copy from the host
+        key0, key1 = (key[0] + i * _W0) & _LOW, (key[1] + i * _W1) & _LOW
+        p0, p1 = c0 * _M0, c2 * _M1  # int64 wraps: the 64 bits are those of the unsigned product
+        c0, c1, c2, c3 = (p1 >> 32 & _LOW) ^ c1 ^ key0, p1 & _LOW, (p0 >> 32 & _LOW) ^ c3 ^ key1, p0 & _LOW
+    return torch.stack([c0, c1, c2, c3])
 
 
 def bits_reference(step: torch.Tensor, rows: int, cols: int, seed: int, stream: int, first_row: int) -> torch.Tensor:
@@ -82,7 +82,7 @@ def uniform_reference_(out: torch.Tensor, step: torch.Tensor, seed: int, stream:
     """What :func:`uniform` writes into ``out``, in torch ops."""
     rows, cols = out.shape
     raw = bits_reference(step, rows, cols, seed, stream, first_row)
-    out.copy_((raw >> 8).to(out.dtype) * 2.0**-24)
+    out.copy_((raw >> 8).to(torch.promote_types(out.dtype, torch.float32)) * 2.0**-24)  # fp16 ends at 2**16
 
 
 def normal_reference_(out: torch.Tensor, step: torch.Tensor, seed: int, stream: int, first_row: int) -> None:
@@ -123,6 +123,24 @@ def _integers_native(out: torch.Tensor, step: torch.Tensor, high: int, seed: int
     )  # fmt: skip
 
 
+def _launch(kind: str, out: torch.Tensor, step: torch.Tensor, *key: int) -> None:
+    """One kernel that fills ``out``, or the reference in torch ops where that backend was chosen."""
+    if resolve("noise", None, out, step) == "reference":
+        _REFERENCES[kind](out, step, *key)
+        return
+    from fastgan.kernels.latent import latent_launch  # imports Triton
+
+    *high, seed, stream, first_row = key
+    options = {"high": high[0]} if high else {}
+    latent_launch(out, step, seed=seed, stream=stream, first_row=first_row, kind=kind, **options)()
+
+
+_REFERENCES: dict[str, Callable[..., None]] = {
+    "normal": normal_reference_,
+    "uniform": uniform_reference_,
+    "integers": integers_reference_,
+}
+
 # ops of their own, so that what records a step sees their inputs and what they write
 _LIBRARY = torch.library.Library("fastgan", "DEF")  # type: ignore[no-untyped-call]
 _KEY = "int seed, int stream, int first_row"
@@ -136,6 +154,8 @@ for _op, _reference, _native in (
     _LIBRARY.impl(_op.partition("(")[0], _reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     if ext is not None:
         _LIBRARY.impl(_op.partition("(")[0], _native, "CPU")  # type: ignore[no-untyped-call]
+for _kind in _REFERENCES:
+    _LIBRARY.impl(f"{_kind}_", partial(_launch, _kind), "CUDA")  # type: ignore[no-untyped-call]
 
 
 def bits(
@@ -257,6 +277,10 @@ def shuffled(position: torch.Tensor, n: int, *, seed: int) -> torch.Tensor:
     its own. A Feistel network of eight Philox rounds over the next power of two (64 at least: fewer are not
     mixed evenly), with cycle walking.
 
+    A CPU walks until all items are below ``n``. A GPU, which is not read back, takes as many steps as any walk may
+    have, which is the number of values that are no items, or 128 where that is less: half of the values at least are
+    items then, so that a walk is cut short with probability below 2**-128, and gives an item out of range.
+
     Args:
         position: int64 ``[B]``, non-negative.
         n: number of items, ``1 <= n < 2**32``.
@@ -265,6 +289,11 @@ def shuffled(position: torch.Tensor, n: int, *, seed: int) -> torch.Tensor:
     Returns:
         int64 ``[B]`` with values in ``[0, n)``.
     """
+    return _shuffled(position, n, seed, look=position.is_cpu)
+
+
+def _shuffled(position: torch.Tensor, n: int, seed: int, look: bool) -> torch.Tensor:
+    """:func:`shuffled`; ``look``: whether to see if all walks have ended."""
     if n == 1:
         return torch.zeros_like(position)
     epoch, item = position // n, position % n
@@ -283,6 +312,9 @@ def shuffled(position: torch.Tensor, n: int, *, seed: int) -> torch.Tensor:
         return (left << right_bits) | right
 
     item = once(item)
-    while bool((outside := item >= n).any()):
+    for _ in range((1 << width) - n if look else min((1 << width) - n, _WALK)):
+        outside = item >= n
+        if look and not bool(outside.any()):
+            break
         item = torch.where(outside, once(item), item)
     return item

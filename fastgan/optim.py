@@ -6,7 +6,7 @@ Own settings run as one pass over the player's arena (:mod:`fastgan.adam`), an o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastgan import ema
-from fastgan.adam import AdamPass, AdamState, Call, mark, pass_for
+from fastgan.adam import AdamPass, AdamState, AdamTriton, Advance, Call, LossScale, Ring, mark, pass_for
 from fastgan.arena import Arena, obstacle
 from fastgan.backend import Backend
 from fastgan.ema import Average
@@ -178,6 +178,7 @@ class Updater:
         self.skipped, self.grad_norm = self._state.skipped, self._state.grad_norm
         self._pass: AdamPass | None = None
         self._marks: dict[Active, torch.Tensor] = {}
+        self._versions = -1
 
     def __getstate__(self) -> State:
         """Without the pass, which holds addresses: a copy makes its own."""
@@ -195,11 +196,23 @@ class Updater:
         else:
             self._apply_by_optimizer(grads)
 
-    def step(self, active: Active | None = None) -> None:
+    def measure_into(self, grad_norm: torch.Tensor) -> None:
+        """Keep the gradients' norm in that 0-dim tensor from now on."""
+        self.grad_norm = self._state.grad_norm = grad_norm
+        self._pass = None
+
+    def step(
+        self,
+        active: Active | None = None,
+        *,
+        squares: torch.Tensor | None = None,
+        loss_scale: LossScale | None = None,
+    ) -> None:
         """Make one update with the gradients that ``arena.grad`` holds.
 
         Args:
             active: which parameters have a gradient, one per parameter; by default all.
+            squares, loss_scale: see :meth:`calls`; own settings on kernels only.
 
         Raises:
             InputError: a parameter has become of another shape, dtype or device since; names it.
@@ -211,13 +224,67 @@ class Updater:
         if self.optimizer is not None:
             self._apply_by_optimizer(grads)
             return
+        self._show(grads)
+        if squares is not None or loss_scale is not None:
+            for call in self.calls(active, squares=squares, loss_scale=loss_scale):
+                call()
+        else:
+            self.follow()
+            function, arguments = self.call(active)
+            function(*arguments)
+        self.noted()
+
+    def _show(self, grads: Sequence[torch.Tensor | None]) -> None:
+        """Let ``p.grad`` be the gradients."""
         for p, g in zip(self.params, grads, strict=True):
             if p.grad is not g:
                 p.grad = g
-        self.follow()
-        function, arguments = self.call(active)
-        function(*arguments)
-        torch.autograd.graph.increment_version(self.params)  # a graph that was made of them before notices
+
+    def noted(self, active: Active | None = None) -> None:
+        """Tell autograd and the user that an update was made: a graph made of the parameters before notices.
+
+        Args:
+            active: which parameters had a gradient, where :meth:`step` was not what made the update.
+        """
+        if active is not None and self.arena is not None:
+            self._show([g if on else None for g, on in zip(self.arena.grads, active, strict=True)])
+        torch.autograd.graph.increment_version(self.params)
+        self._versions = sum(p._version for p in self.params)
+
+    def refresh(self) -> None:
+        """Bring the arena's copy in lower precision up to date where the user has changed parameters in place."""
+        if self.arena is not None and self.arena.has_low:
+            versions = sum(p._version for p in self.params)
+            if versions != self._versions:
+                self.arena.refresh()
+                self._versions = versions
+
+    @property
+    def on_kernels(self) -> bool:
+        """Whether own settings run as launches, which :meth:`calls` gives."""
+        return self.arena is not None and self.optimizer is None and pass_for(self.arena, self.backend) is AdamTriton
+
+    def calls(
+        self,
+        active: Active,
+        *,
+        squares: torch.Tensor | None = None,
+        loss_scale: LossScale | None = None,
+        advance: Advance = (),
+        ring: Ring | None = None,
+    ) -> list[Callable[[], None]]:
+        """One update from ``arena.grad`` as calls that can be repeated, for :attr:`on_kernels`.
+
+        Args:
+            active: which parameters have a gradient.
+            squares, loss_scale, advance, ring: see :meth:`fastgan.adam.AdamTriton.launches`.
+        """
+        passed = self._the_pass()
+        assert isinstance(passed, AdamTriton)
+        follow = [self.follow] if self._rest and self.average is not None else []
+        return [*follow, *passed.launches(
+            self._marked(active), squares=squares, loss_scale=loss_scale, advance=advance, ring=ring
+        )]  # fmt: skip
 
     def call(self, active: Active | None = None) -> Call:
         """A function and arguments that make the update from ``arena.grad``, the same at every step.
@@ -225,6 +292,9 @@ class Updater:
         Own settings in an arena only. It leaves out what :meth:`step` does besides: taking parameters in again that
         the user has moved, ``p.grad``, and before the update :meth:`follow`. Ask for ``arena.low`` first, if at all.
         """
+        return self._the_pass().call(self._marked((True,) * len(self.params) if active is None else active))
+
+    def _the_pass(self) -> AdamPass:
         assert self.arena is not None
         assert self.rule is not None
         if self._pass is None or self._pass.has_low != self.arena.has_low:
@@ -232,10 +302,12 @@ class Updater:
                 self.arena, self._state, self.rule, update=self.update, average=self.average, clip=self.clip,
                 zero_grad=self.zero_grad,
             )  # fmt: skip
-        active = (True,) * len(self.params) if active is None else active
+        return self._pass
+
+    def _marked(self, active: Active) -> torch.Tensor:
         if active not in self._marks:
             self._marks[active] = mark(active, self.params[0].device)
-        return self._pass.call(self._marks[active])
+        return self._marks[active]
 
     def follow(self) -> None:
         """Move what of the average the update's pass does not: buffers, and parameters without a gradient."""

@@ -34,12 +34,14 @@ class Plan:
             ``real again`` and ``fake again`` take the same samples in another precision.
         trained: parameters whose gradient it writes.
         buffers: memory it holds; native calls know addresses alone.
+        squares: partial sums of the squares of all gradients, where its kernels make them.
     """
 
     program: Program = field(default_factory=Program)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     trained: set[Tensor] = field(default_factory=set)
     buffers: list[Tensor] = field(default_factory=list)
+    squares: Tensor | None = None
     _active: tuple[bool, ...] | None = None
 
     def active(self, params: Sequence[Tensor]) -> tuple[bool, ...]:

@@ -344,7 +344,7 @@ class Problem:
     accumulate: bool = False
 
 
-def programs(problems: Sequence[Problem], *, adam: bool = False, tile: configs.Config | None = None) -> int:
+def programs_of(problems: Sequence[Problem], *, adam: bool = False, tile: configs.Config | None = None) -> int:
     """Programs of the launch: as many as it has partial sums of squares.
 
     Args:
@@ -368,7 +368,7 @@ def weight_gradient_launch(
 
     Args:
         problems: at least one; all of one dtype and on one device. Outputs do not overlap each other or an input.
-        squares: ``[programs(problems)]``, fp64 or fp32, written: sums of the squares of the gradients (with
+        squares: ``[programs_of(problems)]``, fp64 or fp32, written: sums of the squares of the gradients (with
             ``accumulate``, of the sums), computed in fp32 (fp64 for fp64). Their sum is what ``adam_ema`` guards by.
         precision: of products of fp32 factors: ``"ieee"`` or ``"tf32"``.
         adam: make the update of ``fastgan.adam`` in the same launch. ``dw`` and ``db`` are then parts of ``adam.grad``
@@ -645,7 +645,7 @@ def _launches(dtype: torch.dtype) -> list[Launch]:
     plain, joined = Problem(u, x, dw), Problem(u, x, dw, db, [(0, 64)], scale, scale, (0, 64), r, (0, 64))
 
     def launch(problem: Problem, tile: configs.Config, **options: Any) -> Launch:
-        n = programs([problem], tile=tile)
+        n = programs_of([problem], tile=tile)
         return weight_gradient_launch([problem], squares=squares[:n], tile=tile, **options)
 
     tiles = configs.shipped("weight_gradient", dtype)

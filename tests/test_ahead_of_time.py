@@ -1,130 +1,134 @@
 """Every kernel of ``fastgan.kernels.SPECS`` compiled for GPUs that need not be here: it fits, and nothing spills.
 
-``python tests/test_ahead_of_time.py`` compiles them all and prints what each uses.
+The table is in ``bench/results/ahead_of_time.md``; ``python tests/ahead_of_time.py --write`` brings it up to date.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import subprocess
 import sys
-import tempfile
+from dataclasses import replace
 from pathlib import Path
 
+import ahead_of_time
 import pytest
-import torch
+from ahead_of_time import ARCHS, REPORT, SHARED, Row, misfits, render
 
 from fastgan.kernels import SPECS
 
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may ask for, by architecture
 CASES = [
-    pytest.param(spec.name, str(dtype), arch, id=f"{spec.name}-{str(dtype).removeprefix('torch.')}-sm_{arch}")
+    pytest.param(spec.name, str(dtype).removeprefix("torch."), arch, id=f"{spec.name}-{str(dtype)[6:]}-sm_{arch}")
     for spec in SPECS
     for dtype in spec.dtypes
-    for arch in SHARED
+    for arch in ARCHS
 ]
 
 
-def triton_type(value: object) -> str:
-    """Of an argument, as Triton names it."""
-    if isinstance(value, torch.Tensor):
-        kinds = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
-                 torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}  # fmt: skip
-        return "*" + kinds[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    assert isinstance(value, int)
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
-def use(launch, arch: int) -> dict[str, int]:
-    """What one compiled launch takes of a multiprocessor."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel, signature, constants, attrs = launch.kernel, {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = launch.arguments.get(parameter.name, parameter.default)
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):  # as Triton specialises at run time
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        signature[parameter.name] = triton_type(value)
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attrs[i,] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
-    )
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        dump = subprocess.run([cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-    used = {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
-    return used | {"SHARED": compiled.metadata.shared, "THREADS": 32 * launch.num_warps}
-
-
-def main() -> None:
-    """Print one JSON line per launch, and one for a launch that must spill."""
-    from dataclasses import replace
-
-    for spec in SPECS:
-        for dtype in spec.dtypes:
-            for launch in spec.launches(dtype):
-                for arch in SHARED:
-                    row = {"op": spec.name, "kernel": launch.kernel.__name__, "dtype": str(dtype), "arch": arch}
-                    print(json.dumps(row | use(launch, arch)))
-    greedy = SPECS[0].launches(SPECS[0].dtypes[-1])[0]
-    greedy = replace(greedy, arguments={**greedy.arguments, "BLOCK": 8192}, num_warps=1)
-    print(json.dumps({"op": "greedy", "kernel": "", "dtype": "", "arch": 90} | use(greedy, 90)))
-
-
 @functools.cache
-def rows() -> list[dict]:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # it would replace the kernels
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env)
-    assert run.returncode == 0, run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
+def run(*options: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ahead_of_time.__file__, "--json", *options], capture_output=True, text=True)
 
 
-def misfits(row: dict) -> list[str]:
-    return [
-        f"{row['kernel']}: {what} is {row[key]}, at most {most}"
-        for key, what, most in (
-            ("STACK", "bytes of stack", 0),
-            ("LOCAL", "bytes of local memory", 0),
-            ("REG", "registers per thread", min(255, 65536 // row["THREADS"])),
-            ("SHARED", "bytes of shared memory", SHARED[row["arch"]]),
-        )
-        if row[key] > most
-    ]
+def rows(*options: str) -> list[Row]:
+    done = run(*options)
+    assert done.returncode == 0, done.stderr
+    found = []
+    for line in done.stdout.splitlines():
+        row = json.loads(line)
+        found.append(Row(**row | {"dots": tuple(map(tuple, row["dots"])), "instructions": tuple(row["instructions"])}))
+    return found
+
+
+def flawed() -> dict[str, Row]:
+    return {row.op: row for row in rows("--flaws")}
 
 
 @pytest.mark.parametrize(("op", "dtype", "arch"), CASES)
 def test_fits_without_spills(op: str, dtype: str, arch: int) -> None:
-    mine = [r for r in rows() if (r["op"], r["dtype"], r["arch"]) == (op, dtype, arch)]
+    mine = [r for r in rows() if (r.op, r.dtype, r.arch) == (op, dtype, arch)]
     assert mine
     assert not [m for r in mine for m in misfits(r)]
 
 
-def test_a_kernel_that_spills_is_caught() -> None:
-    (greedy,) = (r for r in rows() if r["op"] == "greedy")
-    assert misfits(greedy)
+@pytest.mark.parametrize(
+    ("flaw", "found"),
+    [
+        ("spills", r"stack \[B\] is \d+, at most 0"),
+        ("waits late", "touches memory before it waits"),
+        ("never waits", "touches memory before it waits"),
+        ("never lets the next begin", "never lets the next launch begin"),
+        ("no instruction", "is launched dependent and has no griddepcontrol instruction"),
+        ("too few warps for wgmma", r"no wgmma instruction for the products \(\('bf16', 64, 64\),\)"),
+        ("does not compile", "for sm_90: CompilationError: "),
+        ("too much shared memory", rf"shared memory \[B\] is \d+, at most {SHARED[90]}"),
+    ],
+)
+def test_a_flaw_is_found(flaw: str, found: str) -> None:
+    (line,) = misfits(flawed()[flaw])
+    assert re.search(found, line)
 
 
-def test_every_kernel_is_launched() -> None:
+@pytest.mark.parametrize(
+    ("name", "instructions", "dots"),
+    [
+        ("copy", ("griddepcontrol",), ()),
+        ("product", ("wgmma",), (("bf16", 64, 64),)),
+        ("tf32 product", ("wgmma",), (("tf32", 64, 64),)),
+        ("ieee product", (), ()),
+        ("small product", ("mma",), (("bf16", 32, 32),)),
+        ("product on sm_80", ("mma",), (("fp16", 64, 64),)),
+        ("product on sm_100", ("tcgen05",), (("bf16", 128, 128),)),
+    ],
+)
+def test_what_is_right_passes(name: str, instructions: tuple, dots: tuple) -> None:
+    row = flawed()[f"right {name}"]
+    assert misfits(row) == []
+    assert (row.instructions, row.dots) == (instructions, dots)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"registers": 249, "threads": 264}, "registers x threads is 67584, at most 65536"),
+        ({"registers": 248, "threads": 264}, None),
+        ({"local": 8}, r"local memory \[B\] is 8, at most 0"),
+        ({"cooperative": True}, "not launched as cooperative, compiled otherwise"),
+        ({"cooperative_asked": True}, "is launched as cooperative, compiled otherwise"),
+        ({"cooperative": True, "cooperative_asked": True}, None),
+        ({"dots": (("fp16", 16, 16),), "arch": 100}, "no mma or tcgen05 instruction"),
+        ({"dots": (("fp16", 64, 16),), "arch": 80, "instructions": ("wgmma",)}, None),
+    ],
+)
+def test_limits(change: dict, found: str | None) -> None:
+    lines = misfits(replace(flawed()["right copy"], **change))
+    assert [bool(re.search(found or "", line)) for line in lines] == [True] * bool(found)
+
+
+def test_every_kernel_is_launched_and_can_be_dependent() -> None:
     """A kernel that its module's ``launches`` forgets would never be compiled here."""
     folder = Path(sys.modules[SPECS[0].op.__module__].__file__).parent
     written = {
         name for file in folder.glob("*.py") for name in re.findall(r"^def (_\w+_kernel)\(", file.read_text(), re.M)
     }
-    assert written == {r["kernel"] for r in rows()} - {""}
+    assert written == {r.kernel for r in rows()}
+    assert written == {r.kernel for r in rows() if r.dependent or r.cooperative}
 
 
-if __name__ == "__main__":
-    main()
+def test_the_report_is_current() -> None:
+    import triton
+
+    if not REPORT.is_file():
+        pytest.skip(f"{REPORT} is not beside these tests")
+    written = REPORT.read_text()
+    (version,) = re.findall(r"^By Triton (\S+),", written, re.M)
+    if version != triton.__version__:
+        pytest.skip(f"the report is Triton {version}'s, this is {triton.__version__}: registers may differ")
+    assert written == render(rows()), "run python tests/ahead_of_time.py --write"
+
+
+def test_no_two_rows_share_a_name() -> None:
+    names = [(r.op, r.kernel, r.dtype, r.config, r.arch) for r in rows()]
+    assert [n for n in set(names) if names.count(n) > 1] == []

@@ -29,9 +29,10 @@ def test_report_is_json_and_text() -> None:
     assert 0.1 < report["cpu"]["memory_gib"] < 1e5
     assert len(report["gpus"]) == torch.cuda.device_count()
     assert report["triton"]["works"] == torch.cuda.is_available()
+    assert report["driver"]["works"] or not torch.cuda.is_available()
     assert all("\n" not in line for line in report["lost"])
     text = doctor.render(report)
-    for line in (torch.__version__, report["cpu"]["model"], *report["lost"]):
+    for line in (torch.__version__, report["cpu"]["model"], report["driver"]["detail"], *report["lost"]):
         assert line in text
 
 
@@ -67,6 +68,19 @@ def test_a_native_extension_that_lies_is_found_out(
     native = doctor.report()["native"]
     assert not native["works"]
     assert detail in native["detail"]
+
+
+def test_a_driver_that_cannot_be_called_is_a_loss_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version() -> str:
+        raise RuntimeError("no CUDA driver: libcuda.so.1 is nowhere\nat all")
+
+    monkeypatch.setattr("fastgan.driver.version", version)
+    monkeypatch.setattr(doctor, "_native", lambda: {"works": True, "detail": ""})
+    monkeypatch.setattr(doctor, "_triton", lambda gpu: {"works": True, "detail": ""})
+    start = "the CUDA driver cannot be called (no CUDA driver: libcuda.so.1 is nowhere):"
+    for gpus in ([], [{"name": "a", "memory_gib": 1.0, "capability": "9.0"}]):
+        monkeypatch.setattr(doctor, "_gpus", lambda gpus=gpus: (gpus, "none"))
+        assert sum(line.startswith(start) for line in doctor.report()["lost"]) == len(gpus)
 
 
 def test_cuda_stays_uninitialised() -> None:

@@ -757,8 +757,8 @@ def test_what_has_no_closed_form_says_why(name: str) -> None:
 @pytest.mark.parametrize(
     ("precision", "path", "reason"),
     [
-        ("fp16", "aa", "closed forms run in fp32, fp64 and bf16, not in fp16"),
-        ("tf32", "aa", "closed forms run in fp32, fp64 and bf16, not in tf32"),
+        ("fp16", "aa", "closed forms in PyTorch ops run in fp32, fp64 and bf16, not in fp16"),
+        ("tf32", "aa", "closed forms in PyTorch ops run in fp32, fp64 and bf16, not in tf32"),
         ("bf16", "cc", None),
         ("fp32", "cc", None),
     ],

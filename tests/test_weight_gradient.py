@@ -17,7 +17,7 @@ from fastgan.adam import AdamReference, AdamState, AdamTriton, LossScale, Ring, 
 from fastgan.arena import Arena
 from fastgan.ema import EMA, Average
 from fastgan.kernels.configs import Config
-from fastgan.kernels.weight_gradient import Problem, programs, weight_gradient, weight_gradient_launch
+from fastgan.kernels.weight_gradient import Problem, programs_of, weight_gradient, weight_gradient_launch
 
 DTYPES = [torch.float32, torch.float16, torch.float64]
 
@@ -127,7 +127,7 @@ def test_all_layers_in_one_launch(dtype: torch.dtype, grid: bool, device: torch.
     plain = {name: expected(p, out, rounded=dtype) for name, p in named.items()}
     inputs = [t for p in named.values() for t in (p.u, p.x, p.r, p.scale, p.bias_weights) if t is not None]
     before = [t.clone() for t in inputs]
-    squares = memory.empty(programs(list(named.values())), dtype=torch.float64)
+    squares = memory.empty(programs_of(list(named.values())), dtype=torch.float64)
     weight_gradient_launch(list(named.values()), squares=squares)()
     for name, p in named.items():
         for key, value in exact[name].items():
@@ -151,7 +151,7 @@ def test_squares_are_of_the_whole_gradient_alone(name: str, device: torch.device
     if problem.scale is None and problem.r is None:  # in operands that may hold anything beyond their columns
         problem = replace(problem, dw=memory.empty(*problem.dw.shape, dtype=torch.float32))
     for dtype in (torch.float32, torch.float64):
-        squares = memory.empty(programs([problem]), dtype=dtype)
+        squares = memory.empty(programs_of([problem]), dtype=dtype)
         weight_gradient_launch([problem], squares=squares)()
         total = (problem.dw.double() ** 2).sum() + (0 if problem.db is None else (problem.db.double() ** 2).sum())
         assert squares.double().sum().item() == pytest.approx(total.item(), rel=1e-6)
@@ -168,7 +168,7 @@ def test_a_gradient_that_is_not_finite_shows_in_the_squares(device: torch.device
         else:
             problem = replace(problem, bias_weights=memory.random(20, dtype=torch.float32))
             problem.bias_weights[7] = math.nan
-        squares = memory.empty(programs([problem]), dtype=torch.float64)
+        squares = memory.empty(programs_of([problem]), dtype=torch.float64)
         weight_gradient_launch([problem], squares=squares)()
         assert not squares.sum().isfinite()
         assert squares.isfinite().any()
@@ -196,7 +196,7 @@ def test_two_runs_are_equal_bit_for_bit(device: torch.device) -> None:
     for _ in range(2):
         memory = Memory(device)
         named = problems_of(memory, torch.float32)
-        squares = memory.empty(programs(list(named.values())), dtype=torch.float64)
+        squares = memory.empty(programs_of(list(named.values())), dtype=torch.float64)
         weight_gradient_launch(list(named.values()), squares=squares)()
         results.append([squares, *(p.dw.clone() for p in named.values())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -206,7 +206,7 @@ def test_another_tile_gives_the_same(device: torch.device) -> None:
     memory = Memory(device)
     problem = problems_of(memory, torch.float64)["both"]
     for tile in (Config(16, 16, 16, 4, 2), Config(64, 16, 32, 4, 2)):
-        squares = memory.empty(programs([problem], tile=tile), dtype=torch.float64)
+        squares = memory.empty(programs_of([problem], tile=tile), dtype=torch.float64)
         weight_gradient_launch([problem], tile=tile, squares=squares)()
         assert_as_accurate("dw", problem.dw, *[expected(problem, torch.float64)["dw"]] * 2)
     memory.check()
@@ -293,7 +293,7 @@ class Network:
         return {"advance": advance, "ring": self.ring, "loss_scale": self.loss_scale}
 
     def squares(self, adam: bool = False) -> torch.Tensor:
-        n = programs(self.problems, adam=adam)
+        n = programs_of(self.problems, adam=adam)
         return torch.full((n,), math.nan, dtype=torch.float64, device=self.arena.flat.device)
 
     def state_of(self) -> dict[str, torch.Tensor]:
@@ -399,7 +399,7 @@ def test_inside_every_parameter_is_needed(device: torch.device) -> None:
         weight_gradient_launch(net.problems, adam=adam)
     some = [replace(net.problems[0], db=None), net.problems[1]]
     with pytest.raises(ValueError, match=re.escape("weight_gradient: problems lack parameters [1], expected all")):
-        weight_gradient_launch(some, adam=adam, squares=squares[: programs(some, adam=True)])
+        weight_gradient_launch(some, adam=adam, squares=squares[: programs_of(some, adam=True)])
     elsewhere = [replace(net.problems[0], dw=torch.empty_like(net.problems[0].dw)), net.problems[1]]
     with pytest.raises(ValueError, match=re.escape("weight_gradient: dw or db is no parameter's part of adam.grad")):
         weight_gradient_launch(elsewhere, adam=adam, squares=squares)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fastgan.data.dataset import Dataset, Feed
+from fastgan.data.resident import ResidentFeed
 from fastgan.data.sources import open_dataset
 from fastgan.data.toys import Modes
 
-__all__ = ["Dataset", "Feed", "Modes", "open_dataset"]
+__all__ = ["Dataset", "Feed", "Modes", "ResidentFeed", "open_dataset"]

@@ -60,6 +60,7 @@ class Dataset:
         self._rows = np.empty((len(x), 0), np.uint8) if isinstance(x, torch.Tensor) else x.reshape(len(x), -1)
         self._labels = None if labels is None else torch.from_numpy(np.ascontiguousarray(labels))
         self._units = units
+        self._resident: dict[torch.device, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -126,13 +127,23 @@ class Dataset:
             values = values * scale + offset
         return values.astype(np.float32)
 
-    def feed(self, batch: int, seed: int = 0) -> Feed:
+    def feed(self, batch: int, seed: int = 0, device: torch.device | str | None = None) -> Feed:
         """An endless iterator over shuffled batches.
 
+        Args:
+            batch: samples per batch.
+            seed: of order and mirroring.
+            device: where the data is put, once, and the same batches are made; ``None`` for the host. See
+                :class:`fastgan.data.ResidentFeed` for the memory it takes.
+
         Raises:
-            InputError: ``batch`` is not in ``[1, len(self)]``.
+            InputError: ``batch`` is not in ``[1, len(self)]``, or the data does not fit on the device.
         """
-        return Feed(self, batch, seed)
+        if device is None:
+            return Feed(self, batch, seed)
+        from fastgan.data.resident import ResidentFeed
+
+        return ResidentFeed(self, batch, seed, device=device)
 
 
 class Feed(Iterator[Batch]):

@@ -116,8 +116,14 @@ class Stream(Dataset):
         if empty:
             raise InputError("the stream is used up: give an iterable that can be read again, not an iterator")
 
-    def feed(self, batch: int, seed: int = 0) -> Feed:
-        """As :meth:`fastgan.data.Dataset.feed`; the order within a pass is the source's own matter."""
+    def feed(self, batch: int, seed: int = 0, device: torch.device | str | None = None) -> Feed:
+        """As :meth:`fastgan.data.Dataset.feed`; the order within a pass is the source's own matter.
+
+        Raises:
+            InputError: ``batch`` is not positive, or there is a ``device``: only its source knows a stream's samples.
+        """
+        if device is not None:
+            raise InputError(f"feed: a stream cannot be put on a device, got {str(device)!r}")
         return StreamFeed(self, batch, seed)
 
 

@@ -1,0 +1,141 @@
+"""How an engine's iterations run: recorded as CUDA graphs or as they are, as a list of kernels or update by update.
+
+A variant is an iteration of one kind: of one batch size, with or without the lazy penalties that are due, on one feed.
+Its inputs are static places that the engine fills, its work reads only them. Where every update has a plan of kernels
+that work is an :class:`fastgan.iteration.Iteration`; else it is what the engine does update by update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from fastgan.errors import InputError, unknown
+from fastgan.graphs import CudaRecorder, Graphs, Recording
+from fastgan.iteration import Iteration
+
+Tensor = torch.Tensor
+Kind = Literal["auto", "eager", "graph", "dependent", "persistent"]
+KINDS = ("auto", "eager", "graph", "dependent", "persistent")
+
+
+def choose(kind: str, device: torch.device, kernels: bool) -> str:
+    """The executor that is meant.
+
+    Raises:
+        InputError: it is unknown, or does not run here.
+    """
+    if kind not in KINDS:
+        raise unknown("executor", kind, KINDS)
+    if kind == "auto":
+        return "graph" if device.type == "cuda" else "eager"
+    if kind in ("graph", "dependent") and device.type != "cuda":
+        raise InputError(f"Engine: executor is {kind!r}, but device is {device}: graphs need a CUDA device")
+    if kind in ("dependent", "persistent") and not kernels:
+        raise InputError(f"Engine: executor is {kind!r}, which runs kernels: see backend")
+    if kind == "dependent" and torch.cuda.get_device_capability(device) < (9, 0):
+        raise InputError("Engine: executor is 'dependent', which needs compute capability 9.0")
+    return kind
+
+
+@dataclass
+class Variant:
+    """One kind of iteration, ready to run.
+
+    Attributes:
+        real: places for real samples, one for each discriminator update; none where a feed fills them.
+        labels, fake: the same for labels and given fakes.
+        iteration: the list of launches, or ``None`` where updates run one by one.
+        recording: the graph, or ``None``.
+        why_updates: why it is not a list of launches.
+        why_unrecorded: why there is no graph.
+    """
+
+    real: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+    fake: list[Tensor] = field(default_factory=list)
+    body: Callable[[], None] = lambda: None
+    iteration: Iteration | None = None
+    recording: Recording | None = None
+    why_updates: str | None = None
+    why_unrecorded: str | None = None
+
+    def load(self, batches: Sequence[tuple[Tensor, Tensor | None, Tensor | None]]) -> None:
+        """Put samples, labels and fakes in their places."""
+        for i, (real, labels, fake) in enumerate(batches):
+            for places, value in ((self.real, real), (self.labels, labels), (self.fake, fake)):
+                if value is not None and i < len(places):
+                    places[i].copy_(
+                        value.view(places[i].shape) if value.is_contiguous() else value.reshape(places[i].shape)
+                    )
+
+    def run(self, times: int = 1) -> None:
+        """One iteration, or several."""
+        if self.recording is not None:
+            self.recording.replay(times)
+            return
+        for _ in range(times):
+            self.body()
+
+
+class Executor:
+    """Finds the variant for an iteration and runs it.
+
+    Args:
+        kind: of :data:`KINDS`, but not ``"auto"``.
+        device: of the engine.
+        state: all tensors that an iteration changes.
+    """
+
+    def __init__(self, kind: str, device: torch.device, state: Callable[[], Sequence[Tensor]]) -> None:
+        self.kind = kind
+        self.graphs: Graphs | None = None
+        if kind in ("graph", "dependent") or (kind == "persistent" and device.type == "cuda"):
+            self.graphs = Graphs(CudaRecorder(device), state, device)
+        self._variants: dict[Hashable, Variant] = {}
+
+    def clear(self) -> None:
+        """Forget all variants: what they were made of has changed."""
+        self._variants.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
+
+    def find(
+        self, key: Hashable, iteration: Callable[[], Iteration], updates: Callable[[], Variant], obstacle: str | None
+    ) -> Variant:
+        """The variant of that key, made if need be.
+
+        Args:
+            key: what decides which work is done.
+            iteration: lays out a list of launches; raises LookupError where there is none.
+            updates: the variant that runs update by update.
+            obstacle: why it cannot be recorded as far as is known without trying, or ``None``.
+        """
+        if key not in self._variants:
+            self._variants[key] = variant = self._lay_out(iteration, updates)
+            if self.graphs is None:
+                variant.why_unrecorded = f"executor is {self.kind!r}"
+            elif obstacle is not None and variant.iteration is None:
+                variant.why_unrecorded = obstacle
+            else:
+                found = self.graphs.find(key, variant.body)
+                if isinstance(found, str):
+                    variant.why_unrecorded = found
+                else:
+                    variant.recording = found
+        return self._variants[key]
+
+    def _lay_out(self, iteration: Callable[[], Iteration], updates: Callable[[], Variant]) -> Variant:
+        try:
+            made = iteration()
+        except LookupError as e:
+            variant = updates()
+            variant.why_updates = str(e)
+            return variant
+        return Variant(real=made.real, fake=made.fake, body=made.run, iteration=made)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("an executor holds addresses: the engine makes its own")

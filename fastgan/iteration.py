@@ -1,0 +1,229 @@
+"""One iteration as a list of calls over static memory: what a CUDA graph is recorded of.
+
+Where every update has a plan of kernels and the engine's own optimisers, nothing of an iteration is decided while it
+runs: its noise, data, plans, optimisers and counters are launches that were made before, in this order:
+
+    for each discriminator update     inputs (noise, and rows of a device-resident data set), fakes, gradients, Adam
+    for the generator                 inputs, gradients, Adam and average
+
+Where the networks permit, the last discriminator update and the generator's have one launch for their inputs and one
+forward pass of the generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastgan import steps
+from fastgan.adam import LossScale, Ring
+from fastgan.noise import Stream
+from fastgan.optim import Updater
+from fastgan.phases import Phase
+from fastgan.plan import Plan
+from fastgan.planner import Planner
+from fastgan.steps import Call
+
+if TYPE_CHECKING:
+    from fastgan.data.device import DeviceFeed
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counters on the device, int64 0-dim."""
+
+    d_updates: Tensor
+    g_updates: Tensor
+    images: Tensor
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine lends to its iterations.
+
+    Attributes:
+        planner: of lowered plans.
+        d, g: the players' updates; ``g`` is ``None`` where fakes are given.
+        counts: of the engine.
+        seed: of all noise.
+        latent: size.
+        ring: takes the figures of each iteration.
+        loss_scale: of fp16.
+        draw: makes the call that fills tensors with noise.
+    """
+
+    planner: Planner
+    d: Updater
+    g: Updater | None
+    counts: Counts
+    seed: int
+    latent: int
+    ring: Ring
+    loss_scale: LossScale | None
+
+
+@dataclass(frozen=True)
+class Noise:
+    """One tensor of noise: ``out [rows, ...]``, filled with the numbers of a stream at a counter's step."""
+
+    out: Tensor
+    kind: str
+    stream: Stream
+    step: Tensor
+
+
+class Iteration:
+    """The calls, and the memory that they read.
+
+    Attributes:
+        calls: in order; they take nothing.
+        real: places for real samples, ``[B, ...]`` for each discriminator update, in the data's dtype; empty where a
+            feed fills them.
+        fake: the same for given fakes, where there is no generator.
+        active: which of a player's parameters have a gradient, by player, after the last update with the loss.
+    """
+
+    def __init__(
+        self, parts: Parts, due: Sequence[Sequence[Phase]], generator: Phase | None, batch: int, compares: bool,
+        feed: DeviceFeed | None = None,
+    ) -> None:  # fmt: skip
+        """Lay out an iteration.
+
+        Args:
+            parts: of the engine.
+            due: the phases of each discriminator update.
+            generator: the generator's phase.
+            batch: samples of an update.
+            compares: whether the generator's loss compares with real samples.
+            feed: fills real samples within the iteration.
+
+        Raises:
+            LookupError: a phase has no plan; says which and why.
+        """
+        self.parts, self.batch, self.feed = parts, batch, feed
+        self.calls: list[Call] = []
+        self.real: list[Tensor] = []
+        self.fake: list[Tensor] = []
+        self.active: dict[Updater, tuple[bool, ...]] = {}
+        self._kept: list[object] = []
+        for k, phases in enumerate(due):
+            last = k == len(due) - 1
+            joint = None
+            if last and generator is not None and not compares:
+                joint = parts.planner.joint(phases[0], generator, batch)
+            own = len(due) > 1 or (last and compares)  # a plan may leave other numbers in its memory
+            self._discriminator(phases, joint, own_slot=own, last=last and generator is None)
+        if generator is not None:
+            self._generator(generator, joint, compares)
+
+    def run(self) -> None:
+        """Make every call."""
+        for call in self.calls:
+            call()
+
+    # ---- the players
+
+    def _discriminator(
+        self, phases: Sequence[Phase], joint: tuple[Plan, Plan, Plan] | None, *, own_slot: bool, last: bool
+    ) -> None:
+        parts, counts = self.parts, self.parts.counts
+        plans = [joint[1]] if joint is not None else []
+        plans += [self._plan(phase) for phase in phases[len(plans) :]]
+        draws: list[Noise] = []
+        forward: Plan | None = None
+        if joint is not None:
+            forward = joint[0]
+            z = forward.inputs["z"]
+            draws += [
+                Noise(z[self.batch :], "normal", Stream.D_LATENT, counts.d_updates),
+                Noise(z[: self.batch], "normal", Stream.G_LATENT, counts.g_updates),
+            ]
+        elif parts.g is not None and "fake" in plans[0].inputs:
+            forward = parts.planner.fakes(plans[0], self.batch)
+            if forward is None:
+                raise LookupError(f"the generator's forward pass: {parts.planner.why_no_fakes(self.batch)}")
+            draws.append(Noise(forward.inputs["z"], "normal", Stream.D_LATENT, counts.d_updates))
+        first: dict[str, Tensor] = {}
+        copies: list[Call] = []
+        for plan in plans:
+            for name, place in plan.inputs.items():
+                source = name.split()[0]
+                if source not in first:
+                    first[source] = place
+                else:
+                    copies.append(steps.copy(first[source].view(place.shape), place))
+        if "alpha" in first:
+            draws.append(Noise(first["alpha"].view(-1, 1), "uniform", Stream.ALPHA, counts.d_updates))
+        if "delta" in first:
+            draws.append(Noise(first["delta"].flatten(1), "normal", Stream.PERTURBATION, counts.d_updates))
+        self._last_real = self._slot(first["real"], own_slot)
+        self._inputs(draws, self._last_real)
+        if self.feed is None:
+            self.real.append(self._last_real)
+        if self._last_real is not first["real"]:
+            copies.insert(0, steps.copy(self._last_real, first["real"]))
+        if parts.g is None and "fake" in first:
+            self.fake.append(self._slot(first["fake"], own_slot))
+            if self.fake[-1] is not first["fake"]:
+                copies.insert(0, steps.copy(self.fake[-1], first["fake"]))
+        if forward is not None:
+            self._add(*forward.program.calls)
+            self._kept.append(forward)
+        self._add(*copies)
+        for phase, plan in zip(phases, plans, strict=True):
+            final = phase is phases[-1]
+            self._update(parts.d, plan, [(counts.d_updates, 1), (counts.images, self.batch)] * final, final and last)
+
+    def _generator(self, phase: Phase, joint: tuple[Plan, Plan, Plan] | None, compares: bool) -> None:
+        parts = self.parts
+        assert parts.g is not None
+        if joint is not None:
+            plan = joint[2]
+        else:
+            plan = self._plan(phase)
+            self._inputs([Noise(plan.inputs["z"], "normal", Stream.G_LATENT, parts.counts.g_updates)], None)
+            if compares:
+                source = self._last_real
+                self._add(steps.copy(source.view(plan.inputs["real"].shape), plan.inputs["real"]))
+        self._update(parts.g, plan, [(parts.counts.g_updates, 1)], True)
+
+    def _update(self, updater: Updater, plan: Plan, advance: list[tuple[Tensor, int]], ring: bool) -> None:
+        self._add(*plan.program.calls)
+        self._kept.append(plan)
+        self.active[updater] = plan.active(updater.params)
+        self._add(*updater.calls(
+            self.active[updater], squares=plan.squares, loss_scale=self.parts.loss_scale, advance=advance,
+            ring=self.parts.ring if ring else None,
+        ))  # fmt: skip
+
+    def _plan(self, phase: Phase) -> Plan:
+        plan = self.parts.planner.find(phase, self.batch)
+        if not isinstance(plan, Plan):
+            raise LookupError(f"the {phase.player}'s update: {plan}")
+        return plan
+
+    # ---- inputs
+
+    @staticmethod
+    def _slot(place: Tensor, own: bool) -> Tensor:
+        """Where samples come in: the plan's own memory, or memory apart from it."""
+        return torch.zeros_like(place) if own else place
+
+    def _inputs(self, draws: Sequence[Noise], real: Tensor | None) -> None:
+        from fastgan.kernels.inputs import Draw, inputs_launch
+        from fastgan.kernels.sample_rows import sample_rows_launch
+
+        rows = self.feed.arguments(real) if self.feed is not None and real is not None else None
+        if draws:
+            made = [Draw(d.out, d.step, self.parts.seed, int(d.stream), d.kind) for d in draws]
+            self._add(inputs_launch(made, rows))
+        elif rows is not None:
+            self._add(sample_rows_launch(rows))
+
+    def _add(self, *calls: Call) -> None:
+        self.calls += calls
