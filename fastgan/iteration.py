@@ -131,6 +131,22 @@ class Iteration:
         for call in self.calls:
             call()
 
+    def persist(self, device: torch.device) -> None:
+        """Put the launches of a persistent kernel in the place of all calls.
+
+        Raises:
+            LookupError: some call is none of its phases; names it.
+        """
+        from fastgan.kernels._launch import Launch
+        from fastgan.kernels.persistent import persistent_launches
+
+        launches = [call for call in self.calls if isinstance(call, Launch)]
+        for call in self.calls:
+            if not isinstance(call, Launch):
+                name = call.name if isinstance(call, steps.Step) else getattr(call, "__name__", type(call).__name__)
+                raise LookupError(f"{name} is no launch of a kernel, and so no phase of one")
+        self.calls = [*persistent_launches(launches, device=device)]
+
     # ---- the players
 
     def _discriminator(
