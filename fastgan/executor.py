@@ -119,7 +119,8 @@ class Executor:
         if key not in self._variants:
             self._variants[key] = variant = self._make(self._persistent(lay_out), updates)
             if self.graphs is None:
-                variant.why_unrecorded = f"executor is {self.kind!r}"
+                cpu = self.kind == "persistent"
+                variant.why_unrecorded = "graphs need a CUDA device" if cpu else f"executor is {self.kind!r}"
             elif obstacle is not None and not variant.iterations:
                 variant.why_unrecorded = obstacle
             else:

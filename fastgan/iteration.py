@@ -143,7 +143,8 @@ class Iteration:
         launches = [call for call in self.calls if isinstance(call, Launch)]
         for call in self.calls:
             if not isinstance(call, Launch):
-                name = call.name if isinstance(call, steps.Step) else getattr(call, "__name__", type(call).__name__)
+                function = getattr(call, "func", call)  # of a partial
+                name = call.name if isinstance(call, steps.Step) else getattr(function, "__name__", repr(function))
                 raise LookupError(f"{name} is no launch of a kernel, and so no phase of one")
         self.calls = [*persistent_launches(launches, device=device)]
 

@@ -120,7 +120,7 @@ def _tile_of_phase(row_ptr, place, FORMS: tl.constexpr, FORM: tl.constexpr):
             value = value.to(tl.int32)
         if _is_aligned(FORMS, FORM, i):
             value = tl.multiple_of(value, 16)
-        values += (value,)
+        values += (value,)  # type: ignore[assignment]
     grid_m, grid_n = tl.load(row_ptr + _GRID_M).to(tl.int32), tl.load(row_ptr + _GRID_N).to(tl.int32)
     tile = (place // grid_n, place % grid_n, grid_m, grid_n)
     if _name(FORMS, FORM) == "linear_lrelu":
@@ -160,13 +160,13 @@ def _persistent_kernel(
     table_ptr, barrier_ptr, first, last, FORMS: tl.constexpr, N_COLUMNS: tl.constexpr, WAITS: tl.constexpr
 ):
     program, n_programs = tl.program_id(0), tl.num_programs(0)
-    for phase in range(first, last):
+    for phase in tl.range(first, last, num_stages=1, disable_licm=True):
         row_ptr = table_ptr + phase * N_COLUMNS
         form = tl.load(row_ptr + _FORM)
         n_tiles = tl.load(row_ptr + _TILES).to(tl.int32)
         for i in tl.static_range(len(FORMS)):
             if form == i:
-                for k in range(program, n_tiles, n_programs):
+                for k in tl.range(program, n_tiles, n_programs, num_stages=1, disable_licm=True):
                     _tile_of_phase(row_ptr, tl.cast(k, tl.int32), FORMS, i)
         if WAITS:  # noqa: SIM102 (known when compiled)
             if phase + 1 < last:
@@ -276,10 +276,10 @@ def _phase(launch: Launch, programs: int) -> _Phase:
             field, number = _field(value, aligned=name not in _ANY_NUMBER)
             fields.append(field)
             arguments.append(number)
-    tiles = (*launch.grid, 1)[:2]
+    n_m, n_n = (*launch.grid, 1)[:2]
     if name == "adam_ema":  # whose programs share out the blocks among them: more would repeat what each does first
-        tiles = (min(tiles[0], programs), 1)
-    return _Phase((name, tuple(fields), tuple(constants)), tiles, arguments)
+        n_m = min(n_m, programs)
+    return _Phase((name, tuple(fields), tuple(constants)), (n_m, n_n), arguments)
 
 
 def _field(value: Any, *, aligned: bool) -> tuple[Field, int]:
