@@ -29,6 +29,7 @@ import triton.language as tl
 
 from fastgan.kernels._launch import Launch
 from fastgan.kernels.adam_ema import _adam_ema_kernel, _squares_kernel
+from fastgan.kernels.bias_lrelu import _bias_lrelu_fwd_kernel, bias_lrelu_launch
 from fastgan.kernels.inputs import _inputs_kernel
 from fastgan.kernels.linear_head import _linear_head_kernel
 from fastgan.kernels.linear_lrelu import _linear_lrelu_kernel
@@ -150,6 +151,8 @@ def _tile_of_phase(row_ptr, place, FORMS: tl.constexpr, FORM: tl.constexpr):
         _adam_ema_kernel(*values, *[_constant(FORMS, FORM, i) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)], tile)
     elif _name(FORMS, FORM) == "inputs":
         _inputs_kernel(*values, *[_constant(FORMS, FORM, i) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)], tile)
+    elif _name(FORMS, FORM) == "bias_lrelu":
+        _bias_lrelu_fwd_kernel(*values, *[_constant(FORMS, FORM, i) for i in (0, 1, 2, 3, 4, 5)], tile)
     else:
         tl.static_assert(_name(FORMS, FORM) == "sample_rows")
         _sample_rows_kernel(*values, *[_constant(FORMS, FORM, i) for i in (0, 1, 2, 3, 4, 5, 6)], tile)
@@ -182,6 +185,7 @@ _SMALLER = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}  # than the tile for 8 
 
 # what each kernel is called in a form
 _NAMES: dict[Any, str] = {
+    _bias_lrelu_fwd_kernel: "bias_lrelu",
     _linear_lrelu_kernel: "linear_lrelu",
     _linear_mixed_kernel: "linear_mixed",
     _linear_head_kernel: "linear_head",
@@ -254,6 +258,11 @@ def persistent_launches(
     if cooperative:
         return [launch(0, len(phases))]
     return [launch(i, i + 1) for i in range(len(phases))]
+
+
+def copy_launch(src: torch.Tensor, dst: torch.Tensor) -> Launch:
+    """``dst = src``, both contiguous and of equal numbers of elements, cast where their types differ."""
+    return bias_lrelu_launch(src.view(-1), None, dst.view(-1), slope=1.0)  # which is the identity
 
 
 def _phase(launch: Launch, programs: int) -> _Phase:

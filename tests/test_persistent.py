@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from torch import nn
 
 from fastgan import Adam, Engine
-from fastgan.errors import InputError
-from fastgan.kernels._launch import Launch
-from fastgan.kernels.bias_lrelu import bias_lrelu_launch
-from fastgan.kernels.linear_lrelu import linear_launch
-from fastgan.kernels.persistent import arrive, is_open, persistent_launches
-from fastgan.kernels.weight_gradient import Problem, programs_of, weight_gradient_launch
 from fastgan.penalties import R1, GradientPenalty
 
 CASES: dict[str, dict[str, Any]] = {
