@@ -2,8 +2,8 @@
 
 Every program does its share of a phase's tiles (a tile is what a program of the launch would do), then waits until all
 programs have done theirs. A tile is made by the launch's own kernel, called as a device function. Addresses and sizes
-lie in a table on the device, a row for each phase; what is compiled of the arguments is a form, and phases that agree
-in it share its code.
+lie in a table on the device, a row for each phase; what is compiled of the arguments is a phase's form. Launches whose
+phases have the same forms in the same order are one compiled kernel.
 
 The barrier is one number that the programs of each phase raise by 2^31 together, so that its sign flips when the last
 one comes and its other bits are as they were: nothing has to be reset between phases, launches or replays of a graph.
@@ -18,6 +18,7 @@ multiprocessors", TOCS 9(1).
 from __future__ import annotations
 
 import inspect
+import itertools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,25 +28,27 @@ import torch
 import triton
 import triton.language as tl
 
+from fastgan.backend import Backend, resolve
 from fastgan.kernels._launch import Launch
-from fastgan.kernels.adam_ema import _adam_ema_kernel, _squares_kernel
+from fastgan.kernels._matrix import DTYPES, INTERPRETED
+from fastgan.kernels._spec import OpSpec, Sample
+from fastgan.kernels.adam_ema import _adam_ema_kernel, _squares_kernel, adam_ema_launch, blocks_of, variants
 from fastgan.kernels.bias_lrelu import _bias_lrelu_fwd_kernel, bias_lrelu_launch
-from fastgan.kernels.inputs import _inputs_kernel
-from fastgan.kernels.linear_head import _linear_head_kernel
-from fastgan.kernels.linear_lrelu import _linear_lrelu_kernel
-from fastgan.kernels.linear_mixed import _linear_mixed_kernel
-from fastgan.kernels.linear_penalty import _linear_penalty_kernel
+from fastgan.kernels.inputs import Draw, _inputs_kernel, inputs_launch
+from fastgan.kernels.linear_head import Head, _linear_head_kernel, head_launch
+from fastgan.kernels.linear_lrelu import _linear_lrelu_kernel, linear_launch
+from fastgan.kernels.linear_mixed import _linear_mixed_kernel, mixed_launch
+from fastgan.kernels.linear_penalty import _linear_penalty_kernel, penalty_launch
 from fastgan.kernels.sample_rows import _sample_rows_kernel
-from fastgan.kernels.weight_gradient import _weight_gradient_kernel
+from fastgan.kernels.weight_gradient import Problem, _weight_gradient_kernel, programs_of, weight_gradient_launch
 
 # ---- kernels
 
 # columns of the table
-_FORM = tl.constexpr(0)
-_TILES = tl.constexpr(1)
-_GRID_M = tl.constexpr(2)
-_GRID_N = tl.constexpr(3)
-_ARGUMENTS = tl.constexpr(4)
+_TILES = tl.constexpr(0)
+_GRID_M = tl.constexpr(1)
+_GRID_N = tl.constexpr(2)
+_ARGUMENTS = tl.constexpr(3)
 
 
 @triton.jit
@@ -158,28 +161,32 @@ def _tile_of_phase(row_ptr, place, FORMS: tl.constexpr, FORM: tl.constexpr):
         _sample_rows_kernel(*values, *[_constant(FORMS, FORM, i) for i in (0, 1, 2, 3, 4, 5, 6)], tile)
 
 
-@triton.jit(do_not_specialize=["first", "last"])
+@triton.constexpr_function
+def _form(order, phase):
+    return order[phase]
+
+
+@triton.jit
 def _persistent_kernel(
-    table_ptr, barrier_ptr, first, last, FORMS: tl.constexpr, N_COLUMNS: tl.constexpr, WAITS: tl.constexpr
-):
+    table_ptr, barrier_ptr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, ORDER: tl.constexpr, FORMS: tl.constexpr, N_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # unrolled: in a loop over phases, what is the same for each turn of it stays in registers from the first phase on
     program, n_programs = tl.program_id(0), tl.num_programs(0)
-    for phase in tl.range(first, last, num_stages=1, disable_licm=True):
+    for phase in tl.static_range(FIRST, LAST):
+        if phase > FIRST:
+            grid_barrier(barrier_ptr, program, n_programs)
         row_ptr = table_ptr + phase * N_COLUMNS
-        form = tl.load(row_ptr + _FORM)
         n_tiles = tl.load(row_ptr + _TILES).to(tl.int32)
-        for i in tl.static_range(len(FORMS)):
-            if form == i:
-                for k in tl.range(program, n_tiles, n_programs, num_stages=1, disable_licm=True):
-                    _tile_of_phase(row_ptr, tl.cast(k, tl.int32), FORMS, i)
-        if WAITS:  # noqa: SIM102 (known when compiled)
-            if phase + 1 < last:
-                grid_barrier(barrier_ptr, program, n_programs)
+        for k in tl.range(program, n_tiles, n_programs, num_stages=1, disable_licm=True):
+            _tile_of_phase(row_ptr, tl.cast(k, tl.int32), FORMS, _form(ORDER, phase))
 
 
 # ---- launchers
 
 _NUM_WARPS = 4  # of every phase: what the shipped tiles have, but for one
 _NUM_STAGES = 3
+_MOST = 32  # phases of a launch, where it is not a single update that has more: each is a second of compilation
 _APART = 2  # programs where the phases are launches: more than one, so that tiles are shared out
 _SMALLER = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}  # than the tile for 8 warps, whose sums need their registers
 
@@ -217,7 +224,10 @@ class _Phase:
 def persistent_launches(
     launches: Sequence[Launch], *, device: torch.device, programs: int | None = None, cooperative: bool | None = None
 ) -> list[Launch]:
-    """The same work as the given launches one after the other: one cooperative launch on a GPU, else one for each.
+    """The same work as the given launches one after the other, in as few as possible.
+
+    On a GPU that is one cooperative launch; where there are more than 32 given ones, several, each of whole updates,
+    which share their code where they are alike. Without a GPU each phase is a launch.
 
     Building one copies a table to the device, which belongs before a capture; running it does not.
 
@@ -226,7 +236,7 @@ def persistent_launches(
             tensors must stay where they are, and are kept alive.
         device: of all tensors.
         programs: of each launch, at most as many as the GPU holds at once; by default one for each multiprocessor.
-        cooperative: whether the phases are one launch; by default where ``device`` is a GPU.
+        cooperative: whether phases share a launch; by default where ``device`` is a GPU.
 
     Raises:
         LookupError: a launch is of a kernel that has no phase; names it.
@@ -239,25 +249,44 @@ def persistent_launches(
     if programs is None:
         on_gpu = device.type == "cuda"
         programs = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else _APART
+    held = [t for launch in launches for t in (*launch.arguments.values(), *launch.keep) if isinstance(t, torch.Tensor)]
     phases = [_phase(launch, programs) for launch in launches]
+    made = []
+    for part in _parts(phases):
+        made += _launches_of(part, device, programs, cooperative, tuple(held))
+    return made
+
+
+def _parts(phases: Sequence[_Phase]) -> list[list[_Phase]]:
+    """Whole updates, as many in each part as its code may have phases."""
+    ends = [i + 1 for i, p in enumerate(phases) if p.form[0] == "adam_ema"]
+    parts: list[list[_Phase]] = [[]]
+    for begin, end in itertools.pairwise(sorted({0, *ends, len(phases)})):
+        if parts[-1] and len(parts[-1]) + end - begin > _MOST:
+            parts.append([])
+        parts[-1] += phases[begin:end]
+    return parts
+
+
+def _launches_of(
+    phases: Sequence[_Phase], device: torch.device, programs: int, cooperative: bool, held: tuple[torch.Tensor, ...]
+) -> list[Launch]:
     forms = tuple(dict.fromkeys(p.form for p in phases))
     columns = _ARGUMENTS.value + max(len(p.arguments) for p in phases)
-    rows = [[forms.index(p.form), p.tiles[0] * p.tiles[1], *p.tiles, *p.arguments] for p in phases]
-    table = torch.tensor([[*row, *[0] * (columns - len(row))] for row in rows], dtype=torch.int64, device=device)
-    barrier = torch.zeros((), dtype=torch.int32, device=device)
-    held = [t for launch in launches for t in (*launch.arguments.values(), *launch.keep) if isinstance(t, torch.Tensor)]
-
-    def launch(first: int, last: int) -> Launch:
-        return Launch(
-            _persistent_kernel, (programs,),
-            {"table_ptr": table, "barrier_ptr": barrier, "first": first, "last": last, "FORMS": forms,
-             "N_COLUMNS": columns, "WAITS": cooperative},
-            num_warps=_NUM_WARPS, num_stages=_NUM_STAGES, cooperative=cooperative, keep=tuple(held),
-        )  # fmt: skip
-
-    if cooperative:
-        return [launch(0, len(phases))]
-    return [launch(i, i + 1) for i in range(len(phases))]
+    rows = [[p.tiles[0] * p.tiles[1], *p.tiles, *p.arguments] for p in phases]
+    arguments = {
+        "table_ptr": torch.tensor([[*row, *[0] * (columns - len(row))] for row in rows], device=device),
+        "barrier_ptr": torch.zeros((), dtype=torch.int32, device=device),
+        "ORDER": tuple(forms.index(p.form) for p in phases), "FORMS": forms, "N_COLUMNS": columns,
+    }  # fmt: skip
+    ranges = [(0, len(phases))] if cooperative else [(i, i + 1) for i in range(len(phases))]
+    return [
+        Launch(
+            _persistent_kernel, (programs,), {**arguments, "FIRST": first, "LAST": last}, num_warps=_NUM_WARPS,
+            num_stages=_NUM_STAGES, cooperative=cooperative, keep=held,
+        )
+        for first, last in ranges
+    ]  # fmt: skip
 
 
 def copy_launch(src: torch.Tensor, dst: torch.Tensor) -> Launch:
@@ -309,3 +338,133 @@ def _with_few_warps(launch: Launch) -> Launch:
     arguments = {**launch.arguments, **_SMALLER}
     grid = tuple(triton.cdiv(arguments[size], arguments[block]) for size, block in (("m", "BLOCK_M"), ("n", "BLOCK_N")))
     return replace(launch, arguments=arguments, grid=grid, num_warps=_NUM_WARPS)
+
+
+# ---- spec
+
+
+def two_layers(
+    x: torch.Tensor, hidden: torch.Tensor, last: torch.Tensor, *, slope: float = 0.2, backend: Backend | None = None
+) -> torch.Tensor:
+    """``leaky_relu(x hidden^T) last^T``, the second phase reading what the first one wrote: for checks.
+
+    Args:
+        x: ``[B, K]``; fp16, bf16, fp32 or fp64, contiguous.
+        hidden: ``[H, K]`` of its dtype, contiguous.
+        last: ``[N, H]`` of its dtype, contiguous.
+        slope: of LeakyReLU, ``>= 0``.
+        backend: see :func:`fastgan.backend.resolve`.
+
+    Returns:
+        ``[B, N]``, contiguous, ``x``'s dtype; the hidden layer is rounded to it. No derivative.
+
+    Raises:
+        ValueError: a shape, dtype or value is out of the ranges above.
+    """
+    if resolve("persistent", backend, x, hidden, last) == "reference":
+        return two_layers_reference(x, hidden, last, slope=slope)
+    h, y = (torch.empty(len(x), len(w), dtype=x.dtype, device=x.device) for w in (hidden, last))
+    for launch in persistent_launches(_two_layers(x, hidden, last, h, y, slope), device=x.device):
+        launch()
+    return y
+
+
+def two_layers_reference(
+    x: torch.Tensor, hidden: torch.Tensor, last: torch.Tensor, *, slope: float = 0.2
+) -> torch.Tensor:
+    """The formula in PyTorch ops."""
+    return torch.nn.functional.leaky_relu(x @ hidden.t(), slope) @ last.t()
+
+
+def _two_layers(
+    x: torch.Tensor, hidden: torch.Tensor, last: torch.Tensor, h: torch.Tensor, y: torch.Tensor, slope: float = 0.2
+) -> list[Launch]:
+    return [linear_launch(x, hidden, h, activation="leaky-relu", slope=slope), linear_launch(h, last, y)]
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
+    g = torch.Generator(device=device).manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        """On a coarse grid, so that sums of products are exact and orders of summation agree, in fp64 as well."""
+        t = torch.randn(shape, generator=g, device=device, dtype=torch.float32)
+        return (t.mul_(8).round_() / 8).to(dtype)
+
+    return [
+        Sample("small", (randn(3, 5), randn(4, 5), randn(2, 4)), {"slope": 0.25}),
+        Sample("odd", (randn(70, 33), randn(65, 33), randn(7, 65)), {"slope": 0.5}),
+        Sample("no-rows", (randn(0, 16), randn(8, 16), randn(4, 8))),
+    ]
+
+
+def _iteration(dtype: torch.dtype) -> list[Launch]:
+    """What an iteration of WGAN-GP consists of, for networks of two hidden layers."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def rows(n: int, columns: int = 64) -> torch.Tensor:
+        return torch.empty(n, columns, dtype=dtype)
+
+    w, x, flat, count = rows(64), rows(128), torch.empty(4096, dtype=wide), torch.zeros(1, dtype=torch.int32)
+    bias, step, squares = flat[:64], torch.zeros((), dtype=torch.int64), torch.empty(64, dtype=torch.float64)
+    one, two, out, u, g = (rows(192) for _ in range(5))
+    leaky: dict[str, Any] = {"activation": "leaky-relu", "slope": 0.2}
+    below: dict[str, Any] = {"mask_activation": "leaky-relu", "mask_slope": 0.2}
+
+    discriminator, generator = variants(wide)[:2]
+
+    def head(player: str, n: int) -> Head:
+        return Head(flat[:64].to(dtype), flat[:1], chain=n, seeded=n if player == "generator" else 128,
+                    kind="wasserstein", player=player, n=64, real=0 if player == "discriminator" else None, fake=0
+                    if player == "generator" else 64, logits=flat[:n], scales=flat[:n], loss=flat[0],
+                    real_mean=flat[1], fake_mean=flat[2], counter=count, seeds=flat[:n])  # fmt: skip
+
+    def gradients(problem: Problem) -> Launch:
+        return weight_gradient_launch([problem], squares=squares[: programs_of([problem])])
+
+    dw = flat.view(64, 64)
+    joined = Problem(u, one, dw, bias, [(0, 128)], flat[:192], flat[:64], (128, 192), x[:64], (128, 192))
+    return [
+        inputs_launch([Draw(w, step, 5, 2), Draw(bias.view(-1, 1), step, 5, 4, "uniform")]),
+        linear_launch(w, w, one[:64], bias=bias, activation="leaky-relu", slope=0.0),
+        linear_launch(one[:64], w, x[64:], bias=bias, activation="tanh"),
+        mixed_launch(x, w, one, bias, bias=bias, **leaky, first=0, second=64, mixed=128),
+        linear_launch(one, w, two, bias=bias, **leaky),
+        head_launch(two, head("discriminator", 192), u, w, out, one, **below),
+        linear_launch(out[128:], w, g[:64], transposed=True),
+        penalty_launch(g[:64], out[:64], w, g[64:128], mask=one[128:], **leaky, penalty_weight=10.0, value=flat[0],
+                       rows_value=bias, counter=count),
+        linear_launch(g[64:128], w, g[128:], mask=two[128:], **leaky),
+        gradients(joined),
+        adam_ema_launch(discriminator, blocks_of([0], [4096], x.device), squares[:8]),
+        head_launch(two[:64], head("generator", 64), u[:64], w, out[:64], one[:64], **below),
+        linear_launch(out[:64], w, x[64:], mask=x[64:], activation="tanh", transposed=True),
+        gradients(Problem(u, x.new_empty(192, 64), dw, bias, [(0, 192)])),
+        adam_ema_launch(generator, blocks_of([0], [4096], x.device), squares[:8]),
+    ]  # fmt: skip
+
+
+def _launches(dtype: torch.dtype) -> list[Launch]:
+    w, x, h, y = (torch.empty(64, 64, dtype=dtype) for _ in range(4))
+    given = _iteration(dtype) if dtype == torch.bfloat16 else _two_layers(x, w, w, h, y)
+    return persistent_launches(given, device=x.device, programs=132, cooperative=True)
+
+
+def _bytes_moved(s: Sample) -> int:
+    x, hidden, last = s.inputs[:3]
+    assert x is not None
+    assert hidden is not None
+    assert last is not None
+    return (x.numel() + hidden.numel() + last.numel() + len(x) * (2 * len(hidden) + len(last))) * x.element_size()
+
+
+SPEC = OpSpec(
+    name="persistent",
+    op=two_layers,
+    reference=two_layers_reference,
+    samples=_samples,
+    dtypes=DTYPES,
+    launches=_launches,
+    order=0,
+    bytes_moved=_bytes_moved,
+    interpreted_dtypes=INTERPRETED,
+)
