@@ -29,8 +29,8 @@ import triton
 import triton.language as tl
 
 from fastgan.backend import Backend, resolve
-from fastgan.kernels._launch import Launch
-from fastgan.kernels._matrix import DTYPES, INTERPRETED
+from fastgan.kernels._launch import Launch, check, check_dtype
+from fastgan.kernels._matrix import DTYPES, INTERPRETED, check_activation
 from fastgan.kernels._spec import OpSpec, Sample
 from fastgan.kernels.adam_ema import _adam_ema_kernel, _squares_kernel, adam_ema_launch, blocks_of, variants
 from fastgan.kernels.bias_lrelu import _bias_lrelu_fwd_kernel, bias_lrelu_launch
@@ -349,9 +349,9 @@ def two_layers(
     """``leaky_relu(x hidden^T) last^T``, the second phase reading what the first one wrote: for checks.
 
     Args:
-        x: ``[B, K]``; fp16, bf16, fp32 or fp64, contiguous.
-        hidden: ``[H, K]`` of its dtype, contiguous.
-        last: ``[N, H]`` of its dtype, contiguous.
+        x: ``[B, K]``; fp16, bf16, fp32 or fp64. Copied if not contiguous, as are the others.
+        hidden: ``[H, K]`` of its dtype.
+        last: ``[N, H]`` of its dtype.
         slope: of LeakyReLU, ``>= 0``.
         backend: see :func:`fastgan.backend.resolve`.
 
@@ -361,8 +361,17 @@ def two_layers(
     Raises:
         ValueError: a shape, dtype or value is out of the ranges above.
     """
-    if resolve("persistent", backend, x, hidden, last) == "reference":
+    op = "persistent"
+    check_dtype(op, "x", x, DTYPES)
+    check(x.ndim == 2, op, f"x has shape {tuple(x.shape)}, expected two dimensions")
+    for name, w in (("hidden", hidden), ("last", last)):
+        k = x.shape[1] if name == "hidden" else len(hidden)
+        check(w.ndim == 2 and w.shape[1] == k, op, f"{name} has shape {tuple(w.shape)}, expected (..., {k})")
+        check(w.dtype == x.dtype, op, f"{name} has dtype {w.dtype}, expected {x.dtype}")
+    check_activation(op, "leaky-relu", slope)
+    if resolve(op, backend, x, hidden, last) == "reference":
         return two_layers_reference(x, hidden, last, slope=slope)
+    x, hidden, last = x.contiguous(), hidden.contiguous(), last.contiguous()
     h, y = (torch.empty(len(x), len(w), dtype=x.dtype, device=x.device) for w in (hidden, last))
     for launch in persistent_launches(_two_layers(x, hidden, last, h, y, slope), device=x.device):
         launch()
