@@ -355,7 +355,9 @@ def launches(dtype: torch.dtype) -> list[Launch]:
                     mask_slope=0.2, precision="tf32", tile=tile)
         for tile in configs.shipped("linear_head", dtype)
     ]  # fmt: skip
-    alone = [head_launch(hidden, head(kind, player), adjoint) for kind in KINDS for player in PLAYERS]
+    wide_operands = dtype in (torch.float32, torch.float64)  # the losses are computed in the type of the sums
+    kinds = KINDS if wide_operands else ("non-saturating", "relativistic")
+    alone = [head_launch(hidden, head(kind, player), adjoint) for kind in kinds for player in PLAYERS]
     if dtype == torch.float32:
         fused.append(head_launch(hidden, head("hinge"), adjoint, weight, out))
     return [*fused, *alone, head_launch(hidden, head(None), adjoint, weight, out, precision="tf32")]
