@@ -28,7 +28,7 @@ from fastgan.planner import Planner
 from fastgan.steps import Call
 
 if TYPE_CHECKING:
-    from fastgan.data.device import DeviceFeed
+    from fastgan.data.resident import ResidentFeed
 
 Tensor = torch.Tensor
 
@@ -90,7 +90,7 @@ class Iteration:
 
     def __init__(
         self, parts: Parts, due: Sequence[Sequence[Phase]], generator: Phase | None, batch: int, compares: bool,
-        feed: DeviceFeed | None = None,
+        feed: ResidentFeed | None = None,
     ) -> None:  # fmt: skip
         """Lay out an iteration.
 
@@ -120,6 +120,11 @@ class Iteration:
             self._discriminator(phases, joint, own_slot=own, last=last and generator is None)
         if generator is not None:
             self._generator(generator, joint, compares)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether nothing has to come between replays: torch's generators, which dropout uses, advance on the host."""
+        return all(hasattr(call, "kernel") for call in self.calls)
 
     def run(self) -> None:
         """Make every call."""
@@ -218,7 +223,9 @@ class Iteration:
         from fastgan.kernels.inputs import Draw, inputs_launch
         from fastgan.kernels.sample_rows import sample_rows_launch
 
-        rows = self.feed.arguments(real) if self.feed is not None and real is not None else None
+        rows = None
+        if self.feed is not None and real is not None:
+            rows = self.feed.arguments(real.view(self.batch, *self.feed.dataset.shape))
         if draws:
             made = [Draw(d.out, d.step, self.parts.seed, int(d.stream), d.kind) for d in draws]
             self._add(inputs_launch(made, rows))

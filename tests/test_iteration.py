@@ -135,7 +135,7 @@ def distance(a: Engine, b: Engine) -> float:
 def launched(e: Engine) -> list[Any]:
     """The calls of the engine's only variant."""
     (variant,) = e._executor._variants.values()
-    return variant.iteration.calls
+    return variant.iterations[0].calls
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -192,7 +192,7 @@ def test_the_vanilla_pair_is_seventeen_launches() -> None:
     e = Engine(g, big_critic(), loss="minimax", backend="triton", device="cpu")
     e._plans().refresh()
     e.batch = 64
-    calls = e._lay_out(64, [e._due()]).calls
+    calls = e._lay_out(64, [(tuple(e._due()),)])[0].calls
     assert len(calls) <= 17
     assert all(isinstance(call, Launch) for call in calls)
 
@@ -206,7 +206,7 @@ def test_a_penalised_critic_update_is_twelve_launches(loss: str) -> None:
     e = Engine(g, big_critic(), loss=loss, penalties=[penalty], backend="triton", device="cpu")
     e._plans().refresh()
     generator, e.generator = e.generator, None  # the critic's update alone, with its fakes
-    calls = e._lay_out(64, [e._due()]).calls
+    calls = e._lay_out(64, [(tuple(e._due()),)])[0].calls
     e.generator = generator
     assert len(calls) <= 12
     assert all(isinstance(call, Launch) for call in calls)
