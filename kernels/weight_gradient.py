@@ -346,13 +346,13 @@ class Problem:
     accumulate: bool = False
 
 
-def programs_of(problems: Sequence[Problem], *, adam: bool = False, tile: configs.Config | None = None) -> int:
+def programs_of(problems: Sequence[Problem], tile: configs.Config | None = None, *, adam: bool = False) -> int:
     """Programs of the launch: as many as it has partial sums of squares.
 
     Args:
         problems: of :func:`weight_gradient_launch`; their shapes decide.
-        adam: whether it makes the update.
         tile: of it.
+        adam: whether it makes the update.
     """
     tile = tile or _tile_for(problems, adam)
     return sum(len(_places(p, tile)) for p in problems)
