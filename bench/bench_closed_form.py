@@ -93,7 +93,7 @@ class Kind:
         weight: float, stack: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         """Loss of one discriminator update; with ``stack`` real and fake rows go through the critic in one call."""
-        if self.loss == "wasserstein":
+        if self.loss == "wasserstein" and weight:
             alpha = alpha.view(-1, *[1] * (real.ndim - 1))
             r, f = critic(torch.cat([real, fake])).chunk(2) if stack else (critic(real), critic(fake))
             _, s = slope(critic, alpha * real + (1 - alpha) * fake)
@@ -108,7 +108,7 @@ class Kind:
             return F.softplus(f - r).mean() + weight / 2 * squares
         if not weight:
             r, f = critic(torch.cat([real, fake])).chunk(2) if stack else (critic(real), critic(fake))
-            return F.softplus(-r).mean() + F.softplus(f).mean()
+            return f.mean() - r.mean() if self.loss == "wasserstein" else F.softplus(-r).mean() + F.softplus(f).mean()
         (r, s), f = slope(critic, real), critic(fake)
         return F.softplus(-r).mean() + F.softplus(f).mean() + weight / 2 * (s**2).flatten(1).sum(1).mean()
 

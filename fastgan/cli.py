@@ -1,4 +1,4 @@
-"""The command line: ``fastgan train | sample | evaluate | export | doctor``.
+"""The command line: ``fastgan train | sample | evaluate | export | validate | doctor``.
 
 Nothing heavy is imported before the arguments are read. A mistake that the user can mend ends in one line on the
 standard error and exit code 2.
@@ -128,6 +128,14 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     )
     p.add_argument("--json", action="store_true", help="print one JSON object")
 
+    p = command("validate", "[--op NAME] [--dtype D] [options]", "hold every op and update to fp64, beside PyTorch")
+    p.add_argument("--op", action="append", default=[], metavar="NAME", help="an op or a pair; may be repeated")
+    p.add_argument(
+        "--dtype", action="append", default=[], metavar="D", help="fp64, fp32, bf16 or fp16; may be repeated"
+    )
+    p.add_argument("--quiet", action="store_true", help="no progress")
+    common(p)
+
     p = command("doctor", "[--json]", "versions, devices, what works here and what is lost")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     return top, made
@@ -137,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0, 2 for a mistake of the user, 128 + the signal where one ended a run early.
+        The exit code: 0, 1 where a check failed, 2 for a mistake of the user, 128 + the signal where one ended a run
+        early.
     """
     top, made = _parser()
     args, extra = top.parse_known_args(argv)
@@ -149,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unexpected argument {extra[0]!r}")
     if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin for long are 20 times slower on cores that are shared
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    commands = {"train": _train, "sample": _sample, "evaluate": _evaluate, "export": _export, "doctor": _doctor}
+    commands = {"train": _train, "sample": _sample, "evaluate": _evaluate, "export": _export, "validate": _validate,
+                "doctor": _doctor}  # fmt: skip
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -446,6 +456,15 @@ def _export(args: argparse.Namespace) -> int:
     out = export_generator(network, recipe.latent, args.out, n_classes=engine.n_classes)
     print(_json({"run": folder, "out": out}) if args.json else out)
     return 0
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from fastgan import validate
+
+    progress = None if args.quiet else lambda line: print(f"validate: {line}", file=sys.stderr, flush=True)
+    report = validate.run(args.op, args.dtype, args.device, progress)
+    print(_json(report) if args.json else validate.render(report))
+    return 0 if report["passed"] else 1
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -50,13 +50,13 @@ class Config:
 _TILES: Mapping[str, tuple[Config, ...]] = {
     "half": (Config(64, 16, 128, 4, 3), Config(64, 32, 64, 4, 4), Config(64, 64, 64, 4, 4), Config(128, 128, 64, 8, 3)),
     "single": (Config(64, 16, 64, 4, 3), Config(64, 32, 32, 4, 4), Config(64, 64, 32, 4, 3)),
-    "double": (Config(16, 16, 16, 4, 2), Config(32, 32, 16, 4, 2)),
+    "double": (Config(32, 32, 16, 4, 2),),  # for checks
     "interpreted": (Config(32, 32, 32, 4, 1),),
 }
 # two accumulators, or operands that are made on the way: no tile of 128
 _LARGEST = {"linear_lrelu": 128 * 128, "linear_mixed": 64 * 64, "linear_head": 64 * 64, "linear_penalty": 64 * 64,
             "weight_gradient": 64 * 64}  # fmt: skip
-_DEEPEST = {"linear_lrelu": 128, "linear_mixed": 128, "linear_head": 64, "linear_penalty": 64, "weight_gradient": 128}
+_DEEPEST = {"linear_lrelu": 128, "linear_mixed": 128, "linear_head": 64, "linear_penalty": 32, "weight_gradient": 128}
 
 
 def config(op: str, m: int, n: int, k: int, dtype: torch.dtype, arch: int | None = None) -> Config:
@@ -73,9 +73,16 @@ def config(op: str, m: int, n: int, k: int, dtype: torch.dtype, arch: int | None
     row = None if arch is None else _table()[0].get((op, shape_class(m, n, k), dtype, arch))
     if row is not None:
         return row
-    # the largest tile that still gives every multiprocessor one, and as many small ones as there are where none does
+    return rule(op, m, n, k, dtype, arch)
+
+
+def rule(op: str, m: int, n: int, k: int, dtype: torch.dtype, arch: int | None = None) -> Config:
+    """What :func:`config` gives for shapes that the table does not hold.
+
+    The largest tile that still gives most multiprocessors one; the smallest where none does.
+    """
     tiles = _candidates(op, dtype)
-    wanted = _MULTIPROCESSORS.get(arch or 90, 132)
+    wanted = 3 * _MULTIPROCESSORS.get(arch or 90, 132) // 4
     enough = [t for t in tiles if triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n) >= wanted]
     return enough[-1] if enough else tiles[0]
 

@@ -19,8 +19,6 @@ Source: the closed forms of a piecewise linear network; see ``fastgan/rules.py``
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -31,8 +29,8 @@ from fastgan.backend import Backend, resolve
 from fastgan.kernels import configs, linear_head, linear_mixed, linear_penalty
 from fastgan.kernels._device import activate, derivative
 from fastgan.kernels._launch import Launch, accumulator, check, check_dtype, grid_1d
+from fastgan.kernels._library import register
 from fastgan.kernels._matrix import (
-    ACTIVATIONS,
     DTYPES,
     INTERPRETED,
     PRECISIONS,
@@ -196,7 +194,7 @@ def _mask_launch(dy: torch.Tensor, y: torch.Tensor, dz: torch.Tensor, activation
 
 def _library(m: int, n: int, k: int, like: torch.Tensor, precision: str) -> bool:
     """Whether the library takes a product, in the precision that is asked for."""
-    same = like.dtype != torch.float32 or (precision == "tf32") == (torch.get_float32_matmul_precision() != "highest")
+    same = like.dtype != torch.float32 or (precision == "tf32") == (torch.backends.cuda.matmul.fp32_precision == "tf32")
     return same and configs.library_wins(m, n, k, like.dtype, arch_of(like))
 
 
@@ -233,16 +231,6 @@ def _rows(t: torch.Tensor) -> torch.Tensor:
 
 # ---- autograd: three ops, each with a derivative that is made of the three
 
-_LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
-
-
-def _define(schema: str, kernel: Any, fake: Any, setup: Any, backward: Any) -> None:
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastgan::{name}", fake, lib=_LIBRARY)
-    torch.library.register_autograd(f"fastgan::{name}", backward, setup_context=setup, lib=_LIBRARY)
-
 
 def _forward_fake(x, weight, bias, activation, slope, precision):
     return x.new_empty(x.shape[0], weight.shape[0])
@@ -255,11 +243,10 @@ def _forward_setup(ctx, inputs, output):
 
 def _forward_backward(ctx, dy):
     x, weight, y = ctx.saved_tensors
-    ops = torch.ops.fastgan
-    dz = dy if y is None else ops.linear_lrelu_mask(dy, y, ctx.activation, ctx.slope)
+    dz = dy if y is None else _linear_lrelu_mask(dy, y, ctx.activation, ctx.slope)
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    dx = ops.linear_lrelu_product(dz, weight, False, False, ctx.precision) if needs_x else None
-    dweight = ops.linear_lrelu_product(dz, x, True, False, ctx.precision) if needs_weight else None
+    dx = _linear_lrelu_product(dz, weight, False, False, ctx.precision) if needs_x else None
+    dweight = _linear_lrelu_product(dz, x, True, False, ctx.precision) if needs_weight else None
     return dx, dweight, dz.sum(0) if needs_bias else None, None, None, None
 
 
@@ -274,7 +261,7 @@ def _product_setup(ctx, inputs, output):
 
 def _product_backward(ctx, dc):
     """Of C = A B: dA = dC B^T and dB = A^T dC, each transposed where the operand is."""
-    (a, b), product = ctx.saved_tensors, torch.ops.fastgan.linear_lrelu_product
+    (a, b), product = ctx.saved_tensors, _linear_lrelu_product
     a_t, b_t, precision = ctx.a_transposed, ctx.b_transposed, ctx.precision
     da = db = None
     if ctx.needs_input_grad[0]:
@@ -298,21 +285,21 @@ def _mask_backward(ctx, ddz):
     dy, y = ctx.saved_tensors
     ddy = dy_y = None
     if ctx.needs_input_grad[0]:
-        ddy = torch.ops.fastgan.linear_lrelu_mask(ddz, y, ctx.activation, ctx.slope)
+        ddy = _linear_lrelu_mask(ddz, y, ctx.activation, ctx.slope)
     if ctx.needs_input_grad[1] and ctx.activation in ("tanh", "sigmoid"):
         dy_y = ddz * dy * (-2 * y if ctx.activation == "tanh" else 1 - 2 * y)
     return ddy, dy_y, None, None
 
 
-_define(
+_linear_lrelu = register(
     "linear_lrelu(Tensor x, Tensor weight, Tensor? bias, str activation, float slope, str precision) -> Tensor",
     _forward, _forward_fake, _forward_setup, _forward_backward,
 )  # fmt: skip
-_define(
+_linear_lrelu_product = register(
     "linear_lrelu_product(Tensor a, Tensor b, bool a_transposed, bool b_transposed, str precision) -> Tensor",
     _product, _product_fake, _product_setup, _product_backward,
 )  # fmt: skip
-_define(
+_linear_lrelu_mask = register(
     "linear_lrelu_mask(Tensor dy, Tensor y, str activation, float slope) -> Tensor",
     _mask, _mask_fake, _mask_setup, _mask_backward,
 )  # fmt: skip
@@ -374,9 +361,7 @@ def linear_lrelu(
         return linear_lrelu_reference(x, weight, bias, activation=activation, slope=slope, precision=precision)
     bias = None if bias is None else bias.contiguous()
     rows = x.numel() // k if k else x.shape[:-1].numel()
-    y: torch.Tensor = torch.ops.fastgan.linear_lrelu(
-        x.reshape(rows, k), weight, bias, activation, float(slope), precision
-    )
+    y: torch.Tensor = _linear_lrelu(x.reshape(rows, k), weight, bias, activation, float(slope), precision)
     return y.view(*x.shape[:-1], n)
 
 
@@ -410,23 +395,27 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 def _launches(dtype: torch.dtype) -> list[Launch]:
     x, weight, y = (torch.empty(64, 64, dtype=dtype) for _ in range(3))
     bias = torch.empty(64, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    precision = "tf32"
-    launches = []
-    for tile in configs.shipped("linear_lrelu", dtype):
-        rest: dict[str, Any] = {"activation": "leaky-relu", "slope": 0.2, "precision": precision, "tile": tile}
-        launches += [
-            linear_launch(x, weight, y, bias=bias, **rest),
-            linear_launch(x, weight, y, mask=y, transposed=True, **rest),
-        ]
-    rest["tile"] = configs.shipped("linear_lrelu", dtype)[-1]
+    tiles = configs.shipped("linear_lrelu", dtype)
+
+    def layer(activation: str, tile: configs.Config, precision: str = "tf32") -> Launch:
+        return linear_launch(x, weight, y, bias=bias, activation=activation, slope=0.2, precision=precision, tile=tile)
+
+    def step(activation: str, tile: configs.Config, transposed: bool) -> Launch:
+        return linear_launch(x, weight, y, mask=y, activation=activation, slope=0.2, transposed=transposed,
+                             precision="tf32", tile=tile)  # fmt: skip
+
+    launches = [layer("leaky-relu", tile) for tile in tiles]
+    launches += [step("leaky-relu", tile, True) for tile in tiles]
+    launches += [layer(activation, tiles[-1]) for activation in ("identity", "tanh", "sigmoid")]
+    launches += [step(activation, tiles[-1], False) for activation in ("identity", "leaky-relu", "tanh", "sigmoid")]
+    launches += [_mask_launch(x, y, y, activation, 0.2) for activation in ("leaky-relu", "tanh", "sigmoid")]
+    for a_transposed in (False, True):  # the products of the derivatives
+        for transposed in (False, True):
+            launches.append(
+                _product_launch(x, weight, y, a_transposed, transposed, None, None, "identity", 0.0, "tf32")
+            )
     if dtype == torch.float32:
-        launches.append(linear_launch(x, weight, y, bias=bias, **{**rest, "precision": "ieee"}))
-    for activation in ACTIVATIONS:
-        launches.append(linear_launch(x, weight, y, bias=bias, **{**rest, "activation": activation}))
-        launches.append(linear_launch(x, weight, y, mask=y, **{**rest, "activation": activation}))
-        launches.append(_mask_launch(x, y, y, activation, 0.2))
-    for a_transposed, transposed in ((True, True), (True, False)):
-        launches.append(_product_launch(x, weight, y, a_transposed, transposed, None, None, "identity", 0.0, precision))
+        launches += [layer("leaky-relu", tile, "ieee") for tile in tiles]
     for module in (linear_mixed, linear_head, linear_penalty):  # which are no ops of their own
         launches += module.launches(dtype)
     return launches

@@ -129,7 +129,10 @@ def launches(dtype: torch.dtype) -> list[Launch]:
     x, weight, y = (torch.empty(rows, 64, dtype=dtype) for rows in (128, 64, 192))
     wide = torch.empty(64, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     rest = {"bias": wide, "activation": "leaky-relu", "slope": 0.2, "first": 0, "second": 64, "mixed": 128}
+    tiles = configs.shipped("linear_mixed", dtype)
+    precisions = ("tf32", "ieee") if dtype == torch.float32 else ("ieee",)
     return [
-        mixed_launch(x, weight, y, wide, **rest, precision="tf32", tile=tile)  # type: ignore[arg-type]
-        for tile in configs.shipped("linear_mixed", dtype)
+        mixed_launch(x, weight, y, wide, **rest, precision=precision, tile=tile)  # type: ignore[arg-type]
+        for precision in precisions
+        for tile in tiles
     ]

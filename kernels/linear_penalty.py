@@ -186,4 +186,5 @@ def launches(dtype: torch.dtype) -> list[Launch]:
         )  # fmt: skip
 
     tiles = configs.shipped("linear_penalty", dtype)
-    return [launch("norm", tile) for tile in tiles] + [launch("square", tiles[-1])]
+    launches = [launch("norm", tile) for tile in tiles] + [launch("square", tiles[-1])]
+    return launches + ([launch("norm", tile, "ieee") for tile in tiles] if dtype == torch.float32 else [])

@@ -9,7 +9,8 @@ import torch
 from launches import Guarded, assert_as_accurate, matmul, strided
 
 from fastgan.kernels import configs
-from fastgan.kernels.linear_lrelu import ACTIVATIONS, linear_launch, linear_lrelu
+from fastgan.kernels._matrix import ACTIVATIONS
+from fastgan.kernels.linear_lrelu import linear_launch, linear_lrelu
 
 DTYPES = (torch.float16, torch.float32, torch.float64)
 SLOPES = {"identity": 0.0, "leaky-relu": 0.2, "tanh": 0.0, "sigmoid": 0.0}

@@ -9,7 +9,7 @@ import torch
 from launches import Guarded, assert_as_accurate, matmul, strided
 from test_linear_lrelu import DTYPES, SLOPES, dphi, phi
 
-from fastgan.kernels.linear_lrelu import ACTIVATIONS
+from fastgan.kernels._matrix import ACTIVATIONS
 from fastgan.kernels.linear_penalty import KINDS, penalty_launch
 
 
