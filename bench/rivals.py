@@ -348,15 +348,22 @@ def hand_written(device: torch.device) -> dict[str, Callable[[Setting], Way]]:
     return ways
 
 
+def natively(s: Setting, executor: str, calls: int = 1) -> Way:
+    """The engine on Triton kernels, where they are compiled."""
+    if s.device.type != "cuda":
+        raise Skip("kernels are timed on a GPU: the speed of Triton's interpreter says nothing")
+    return by_engine(s, executor=executor, backend="triton", calls=calls)
+
+
 ENGINE: dict[str, Callable[[Setting], Way]] = {
     "engine autograd": partial(by_engine, closed_form=False),
     "engine reference": by_engine,
     "engine reference graph": partial(by_engine, executor="graph"),
-    "engine kernels": partial(by_engine, backend="triton"),
-    "engine graph": partial(by_engine, backend="triton", executor="graph"),
-    "engine graph, 20 a call": partial(by_engine, backend="triton", executor="graph", calls=20),
-    "engine dependent": partial(by_engine, backend="triton", executor="dependent"),
-    "engine persistent": partial(by_engine, backend="triton", executor="persistent"),
+    "engine kernels": partial(natively, executor="eager"),
+    "engine graph": partial(natively, executor="graph"),
+    "engine graph, 20 a call": partial(natively, executor="graph", calls=20),
+    "engine dependent": partial(natively, executor="dependent"),
+    "engine persistent": partial(natively, executor="persistent"),
 }
 
 
