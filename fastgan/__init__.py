@@ -6,13 +6,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastgan import losses, penalties
+    from fastgan import losses, nn, penalties
     from fastgan._native import native_available
     from fastgan.backend import use_backend
     from fastgan.data import open_dataset
     from fastgan.ema import EMA
     from fastgan.engine import Engine
     from fastgan.errors import InputError
+    from fastgan.fusion import fuse
     from fastgan.optim import Adam, AdamW, Schedule
     from fastgan.trainer import Trainer
 
@@ -26,6 +27,7 @@ _HOME = {
     "InputError": "errors",
     "Schedule": "optim",
     "Trainer": "trainer",
+    "fuse": "fusion",
     "native_available": "_native",
     "open_dataset": "data",
     "use_backend": "backend",
@@ -40,8 +42,10 @@ __all__ = [
     "Schedule",
     "Trainer",
     "__version__",
+    "fuse",
     "losses",
     "native_available",
+    "nn",
     "open_dataset",
     "penalties",
     "use_backend",
@@ -52,7 +56,7 @@ def __getattr__(name: str) -> object:
     """Import on first use: the command line answers ``--help`` without loading torch."""
     if name in _HOME:
         return getattr(importlib.import_module(f"fastgan.{_HOME[name]}"), name)
-    if name in ("losses", "penalties"):
+    if name in ("losses", "nn", "penalties"):
         return importlib.import_module(f"fastgan.{name}")
     raise AttributeError(f"module 'fastgan' has no attribute {name!r}")
 

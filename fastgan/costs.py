@@ -13,7 +13,8 @@ from torch.utils.flop_counter import flop_registry
 
 from fastgan.plan import Plan
 
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm")}
+PRODUCTS |= {"fastgan::linear_lrelu", "fastgan::linear_lrelu_product"}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from fastgan.adam import LossScale, Ring
 from fastgan.arithmetic import Arithmetic
 from fastgan.autograd import Autograd, Points, Samples
 from fastgan.backend import Backend, uses_kernels
+from fastgan.data.resident import ResidentFeed
 from fastgan.ema import EMA, Average
 from fastgan.errors import InputError, unknown
 from fastgan.executor import Executor, Kind, Variant
@@ -46,6 +47,7 @@ State = dict[str, Any]
 
 _LOG = logging.getLogger(__name__)
 _METRICS = ("d_loss", "g_loss", "d_real", "d_fake")
+_UNROLLED = 8  # iterations in one graph, at least, where nothing comes between them
 _HISTORY = 64  # iterations whose figures are kept on the device
 _MIXES_ROWS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -186,6 +188,7 @@ class Engine:
         self._closed_form = closed_form
         self._planner: Planner | None = None
         self._executor: Executor | None = None
+        self._feed: ResidentFeed | None = None  # the last one that iterations have drawn from
         self._readings = 0
         self._said: set[object] = set()
 
@@ -193,7 +196,7 @@ class Engine:
 
     def __getstate__(self) -> State:
         """Without plans and recordings, which hold addresses, and views, which pickling does not keep."""
-        apart = ("_planner", "_executor", "_measured", "_metrics", "_penalty")
+        apart = ("_planner", "_executor", "_feed", "_measured", "_metrics", "_penalty")
         return self.__dict__ | dict.fromkeys(apart)
 
     def __setstate__(self, state: State) -> None:
@@ -404,14 +407,43 @@ class Engine:
             InputError: a shape, dtype or number of rows does not fit.
         """
         _check_mode("step")
+        if self._draws_itself(real):
+            self._run_on_feed(real, 1)
+            return
         batches = self._batches(real, labels, fake)
-        if self.kernels or self.executor != "eager":
+        if self._by_variant:
             self._step_as_variant(list(batches))
             return
         for x, y, f in batches:
             self.d_step(x, labels=y, fake=f)
         if self.generator is not None:
             self.g_step(real=x if self.loss.compares else None, labels=y)
+
+    def run(self, feed: Iterator[Batch], iterations: int) -> None:
+        """Many iterations; on a feed that lies on the GPU several of them are one replay of a graph.
+
+        Args:
+            feed: an iterator of batches, such as ``dataset.feed(batch, device="cuda")``.
+            iterations: how many.
+
+        Raises:
+            InputError: a batch does not fit, or the feed ends.
+        """
+        _check_mode("run")
+        if self._draws_itself(feed):
+            self._run_on_feed(feed, iterations)
+            return
+        for _ in range(iterations):
+            self.step(feed)
+
+    @property
+    def _by_variant(self) -> bool:
+        """Whether iterations run over static memory."""
+        return self.kernels or self.executor != "eager"
+
+    def _draws_itself(self, feed: object) -> TypeGuard[ResidentFeed]:
+        """Whether iterations draw from the feed on their own."""
+        return self._by_variant and isinstance(feed, ResidentFeed) and feed.device.type == self.device.type
 
     def _batches(
         self, real: torch.Tensor | Iterator[Batch], labels: torch.Tensor | None, fake: torch.Tensor | None
@@ -457,15 +489,34 @@ class Engine:
             raise InputError(f"step: the batches have {[len(x) for x, *_ in batches]} rows, expected equal numbers")
         variant = self._variant(batch, batches[0][1] is not None)
         variant.load(batches)
-        self._run_variant(variant, batch)
+        self._run_variant(variant, batch, 1)
+
+    def _run_on_feed(self, feed: ResidentFeed, iterations: int) -> None:
+        """Iterations that draw their batches themselves."""
+        if tuple(feed.dataset.shape) != self.sample_shape:
+            self._real("step", torch.zeros(2 * self.packed, *feed.dataset.shape, device=self.device))
+        if self.generator is None:
+            raise InputError("step: the engine has no generator: give real and fake samples as tensors")
+        if feed.batch % self.packed:
+            raise InputError(f"step: the feed's batch is {feed.batch}, expected a multiple of pac = {self.packed}")
+        period = math.lcm(*(p.every for p in self.phases))
+        period //= math.gcd(period, self.n_critic)
+        unrolled = -(-_UNROLLED // period) * period  # after these the same penalties are due again
+        while iterations:
+            count = unrolled if iterations >= unrolled else 1
+            variant = self._variant(feed.batch, bool(self.n_classes), feed, count)
+            times = iterations // count if count % period == 0 else 1
+            self._run_variant(variant, feed.batch, count, times)
+            feed.advanced(times * count * self.n_critic)
+            iterations -= times * count
 
     def _due(self, ahead: int = 0) -> list[Phase]:
         """Phases of the discriminator's update that many updates from now."""
         n = self.d_updates + ahead
         return [p for p in self.phases if p.player == "discriminator" and n % p.every == 0]
 
-    def _variant(self, batch: int, labelled: bool) -> Variant:
-        """How the next iteration runs."""
+    def _variant(self, batch: int, labelled: bool, feed: ResidentFeed | None = None, iterations: int = 1) -> Variant:
+        """How the next iterations run."""
         self.batch = batch
         self._attach()
         planner = self._plans()
@@ -475,32 +526,37 @@ class Engine:
                 self._executor = Executor(self.executor, self.device, self._state_tensors)
             self._executor.clear()
             self._readings = planner.readings
-        due = [self._due(k) for k in range(self.n_critic)]
-        key = (batch, labelled, tuple(tuple(self.phases.index(p) for p in phases) for phases in due))
+        due = [tuple(tuple(self._due(i * self.n_critic + k)) for k in range(self.n_critic)) for i in range(iterations)]
+        self._feed = feed if feed is not None else self._feed
         variant = self._executor.find(
-            key, lambda: self._lay_out(batch, due), lambda: self._updates_one_by_one(batch, due, labelled),
-            self._why_unrecorded(),
+            (batch, labelled, tuple(due), feed), lambda: self._lay_out(batch, due, feed),
+            lambda: self._updates_one_by_one(batch, due, labelled, feed), self._why_unrecorded(),
         )  # fmt: skip
         self._say_why(variant)
         return variant
 
-    def _run_variant(self, variant: Variant, batch: int) -> None:
+    def _run_variant(self, variant: Variant, batch: int, iterations: int, times: int = 1) -> None:
+        """Run a variant of so many iterations so many times."""
         updaters = [u for u in (self._d, self._g) if u is not None]
         for updater in updaters:
             updater.refresh()
-        if variant.iteration is None or self._arithmetic.is_set(self._products):
-            variant.run()
+        if not variant.iterations or self._arithmetic.is_set(self._products):
+            variant.run(times)
         else:
             with self._arithmetic.matmul(self._products):
-                variant.run()
-        for updater in updaters:
-            updater.noted()
-        self.d_updates += self.n_critic
-        self.images += self.n_critic * batch
-        self.g_updates += self.generator is not None
+                variant.run(times)
+        for iteration in variant.iterations[-1:]:
+            for updater, active in iteration.active.items():
+                updater.noted(active)
+        updates = times * iterations * self.n_critic
+        self.d_updates += updates
+        self.images += updates * batch
+        self.g_updates += times * iterations * (self.generator is not None)
 
-    def _lay_out(self, batch: int, due: Sequence[Sequence[Phase]]) -> Iteration:
-        """The iteration as a list of launches.
+    def _lay_out(
+        self, batch: int, due: Sequence[tuple[tuple[Phase, ...], ...]], feed: ResidentFeed | None = None
+    ) -> list[Iteration]:
+        """Iterations as lists of launches, by what is due in each.
 
         Raises:
             LookupError: there is none; says why.
@@ -518,12 +574,16 @@ class Engine:
             loss_scale=self._loss_scale if self.precision == "fp16" else None,
         )  # fmt: skip
         generator = self.phases[-1] if self.generator is not None else None
-        return Iteration(parts, due, generator, batch, self.loss.compares)
+        compares = self.loss.compares
+        made = {phases: Iteration(parts, phases, generator, batch, compares, feed) for phases in dict.fromkeys(due)}
+        return [made[phases] for phases in due]
 
-    def _updates_one_by_one(self, batch: int, due: Sequence[Sequence[Phase]], labelled: bool) -> Variant:
-        """The iteration as the updates that :meth:`d_step` and :meth:`g_step` make, over static inputs."""
+    def _updates_one_by_one(
+        self, batch: int, due: Sequence[tuple[tuple[Phase, ...], ...]], labelled: bool, feed: ResidentFeed | None
+    ) -> Variant:
+        """Iterations as the updates that :meth:`d_step` and :meth:`g_step` make, over static inputs."""
         variant, shape = Variant(), (batch, *(self.sample_shape or ()))
-        for _ in due:
+        for _ in due[0]:
             variant.real.append(torch.zeros(shape, dtype=self.dtype, device=self.device))
             if labelled:
                 variant.labels.append(torch.zeros(batch, dtype=torch.int64, device=self.device))
@@ -531,12 +591,15 @@ class Engine:
                 variant.fake.append(torch.zeros(shape, dtype=self.dtype, device=self.device))
 
         def body() -> None:
-            for i, phases in enumerate(due):
-                labels, fake = (places[i] if places else None for places in (variant.labels, variant.fake))
-                self._update_discriminator(phases, variant.real[i], fake, labels)
-            if self.generator is not None:
-                labels = variant.labels[-1] if variant.labels else None
-                self._update_generator(None, variant.real[-1] if self.loss.compares else None, labels, batch)
+            for iteration in due:
+                for i, phases in enumerate(iteration):
+                    labels, fake = (places[i] if places else None for places in (variant.labels, variant.fake))
+                    if feed is not None:
+                        feed.draw(variant.real[i], labels)
+                    self._update_discriminator(phases, variant.real[i], fake, labels)
+                if self.generator is not None:
+                    labels = variant.labels[-1] if variant.labels else None
+                    self._update_generator(None, variant.real[-1] if self.loss.compares else None, labels, batch)
 
         variant.body = body
         return variant
@@ -569,6 +632,7 @@ class Engine:
         tensors += [u.arena.grad for u in updaters if u.arena is not None]
         tensors += [u.arena.low for u in updaters if u.arena is not None and u.arena.has_low]
         counters = [self._d_count, self._g_count, self._image_count, self._averaged]
+        counters += [self._feed.state] if self._feed is not None else []
         return [*tensors, *counters, self._figures, self._ring.rows, self._ring.slot]
 
     @property

@@ -48,7 +48,7 @@ class Variant:
     Attributes:
         real: places for real samples, one for each discriminator update; none where a feed fills them.
         labels, fake: the same for labels and given fakes.
-        iteration: the list of launches, or ``None`` where updates run one by one.
+        iterations: lists of launches, run one after another; none where updates run one by one.
         recording: the graph, or ``None``.
         why_updates: why it is not a list of launches.
         why_unrecorded: why there is no graph.
@@ -58,7 +58,7 @@ class Variant:
     labels: list[Tensor] = field(default_factory=list)
     fake: list[Tensor] = field(default_factory=list)
     body: Callable[[], None] = lambda: None
-    iteration: Iteration | None = None
+    iterations: Sequence[Iteration] = ()
     recording: Recording | None = None
     why_updates: str | None = None
     why_unrecorded: str | None = None
@@ -73,12 +73,13 @@ class Variant:
                     )
 
     def run(self, times: int = 1) -> None:
-        """One iteration, or several."""
-        if self.recording is not None:
+        """Run it so many times."""
+        at_once = bool(self.iterations) and all(i.repeats for i in self.iterations)
+        if self.recording is not None and at_once:
             self.recording.replay(times)
             return
         for _ in range(times):
-            self.body()
+            self.body() if self.recording is None else self.recording.replay()
 
 
 class Executor:
@@ -104,21 +105,22 @@ class Executor:
             self.graphs.clear()
 
     def find(
-        self, key: Hashable, iteration: Callable[[], Iteration], updates: Callable[[], Variant], obstacle: str | None
-    ) -> Variant:
+        self, key: Hashable, lay_out: Callable[[], Sequence[Iteration]], updates: Callable[[], Variant],
+        obstacle: str | None,
+    ) -> Variant:  # fmt: skip
         """The variant of that key, made if need be.
 
         Args:
             key: what decides which work is done.
-            iteration: lays out a list of launches; raises LookupError where there is none.
+            lay_out: makes lists of launches; raises LookupError where there are none.
             updates: the variant that runs update by update.
             obstacle: why it cannot be recorded as far as is known without trying, or ``None``.
         """
         if key not in self._variants:
-            self._variants[key] = variant = self._lay_out(iteration, updates)
+            self._variants[key] = variant = self._make(lay_out, updates)
             if self.graphs is None:
                 variant.why_unrecorded = f"executor is {self.kind!r}"
-            elif obstacle is not None and variant.iteration is None:
+            elif obstacle is not None and not variant.iterations:
                 variant.why_unrecorded = obstacle
             else:
                 found = self.graphs.find(key, variant.body)
@@ -128,14 +130,20 @@ class Executor:
                     variant.recording = found
         return self._variants[key]
 
-    def _lay_out(self, iteration: Callable[[], Iteration], updates: Callable[[], Variant]) -> Variant:
+    @staticmethod
+    def _make(lay_out: Callable[[], Sequence[Iteration]], updates: Callable[[], Variant]) -> Variant:
         try:
-            made = iteration()
+            made = lay_out()
         except LookupError as e:
             variant = updates()
             variant.why_updates = str(e)
             return variant
-        return Variant(real=made.real, fake=made.fake, body=made.run, iteration=made)
+
+        def body() -> None:
+            for iteration in made:
+                iteration.run()
+
+        return Variant(real=made[0].real, fake=made[0].fake, body=body, iterations=made)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("an executor holds addresses: the engine makes its own")

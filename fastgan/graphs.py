@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastgan import driver
 from fastgan.errors import InputError
 
 Tensor = torch.Tensor
@@ -151,14 +152,10 @@ class CudaRecording:
         self.graph = graph
 
     def replay(self, times: int = 1) -> None:
-        from fastgan import driver
-
         driver.replay(self.graph, times)
 
     def nodes(self) -> dict[str, int] | None:
-        from fastgan import driver
-
-        return driver.nodes(self.graph)
+        return driver.nodes(self.graph) if driver.available() else None
 
 
 class Graphs:

@@ -28,7 +28,7 @@ from fastgan.planner import Planner
 from fastgan.steps import Call
 
 if TYPE_CHECKING:
-    from fastgan.data.device import DeviceFeed
+    from fastgan.data.resident import ResidentFeed
 
 Tensor = torch.Tensor
 
@@ -85,12 +85,12 @@ class Iteration:
         real: places for real samples, ``[B, ...]`` for each discriminator update, in the data's dtype; empty where a
             feed fills them.
         fake: the same for given fakes, where there is no generator.
-        launches: how many of the calls are kernels' launches or torch ops that stand for one.
+        active: which of a player's parameters have a gradient, by player, after the last update with the loss.
     """
 
     def __init__(
         self, parts: Parts, due: Sequence[Sequence[Phase]], generator: Phase | None, batch: int, compares: bool,
-        feed: DeviceFeed | None = None,
+        feed: ResidentFeed | None = None,
     ) -> None:  # fmt: skip
         """Lay out an iteration.
 
@@ -109,6 +109,7 @@ class Iteration:
         self.calls: list[Call] = []
         self.real: list[Tensor] = []
         self.fake: list[Tensor] = []
+        self.active: dict[Updater, tuple[bool, ...]] = {}
         self._kept: list[object] = []
         for k, phases in enumerate(due):
             last = k == len(due) - 1
@@ -119,6 +120,11 @@ class Iteration:
             self._discriminator(phases, joint, own_slot=own, last=last and generator is None)
         if generator is not None:
             self._generator(generator, joint, compares)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether nothing has to come between replays: torch's generators, which dropout uses, advance on the host."""
+        return all(hasattr(call, "kernel") for call in self.calls)
 
     def run(self) -> None:
         """Make every call."""
@@ -194,8 +200,9 @@ class Iteration:
     def _update(self, updater: Updater, plan: Plan, advance: list[tuple[Tensor, int]], ring: bool) -> None:
         self._add(*plan.program.calls)
         self._kept.append(plan)
+        self.active[updater] = plan.active(updater.params)
         self._add(*updater.calls(
-            plan.active(updater.params), squares=plan.squares, loss_scale=self.parts.loss_scale, advance=advance,
+            self.active[updater], squares=plan.squares, loss_scale=self.parts.loss_scale, advance=advance,
             ring=self.parts.ring if ring else None,
         ))  # fmt: skip
 
@@ -216,7 +223,9 @@ class Iteration:
         from fastgan.kernels.inputs import Draw, inputs_launch
         from fastgan.kernels.sample_rows import sample_rows_launch
 
-        rows = self.feed.arguments(real) if self.feed is not None and real is not None else None
+        rows = None
+        if self.feed is not None and real is not None:
+            rows = self.feed.arguments(real.view(self.batch, *self.feed.dataset.shape))
         if draws:
             made = [Draw(d.out, d.step, self.parts.seed, int(d.stream), d.kind) for d in draws]
             self._add(inputs_launch(made, rows))

@@ -1,7 +1,8 @@
 """The ``torch.nn`` layers and torch functions that :mod:`fastgan.reader` knows, and what it makes of each.
 
 A function here takes what the layer or the torch function takes, and gives the class of the layer and its own fields,
-or None where nothing is done to the values; where a use is not known, it raises :class:`Unreadable` with a predicate.
+a list of them where it is several, or None where nothing is done to the values; where a use is not known, it raises
+:class:`Unreadable` with a predicate.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from fastgan.network import (
     SpectralNorm,
     Upsample,
 )
+from fastgan.nn import Conv2dLeakyReLU, ConvTranspose2dLeakyReLU, LinearAct
 
-Found = tuple[type[Layer], dict[str, Any]] | None
+One = tuple[type[Layer], dict[str, Any]]
+Found = One | list[One] | None
 
 
 class Unreadable(Exception):
@@ -98,11 +101,11 @@ def _rank(x: Tensor, *ranks: int) -> None:
         raise Unreadable(f"reads a tensor of {x.ndim} dimensions, expected {' or '.join(map(str, ranks))}")
 
 
-def _linear(m: nn.Linear, x: Tensor) -> Found:
+def _linear(m: nn.Linear, x: Tensor) -> One:
     return Linear, _weight(m)
 
 
-def _convolution(m: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> Found:
+def _convolution(m: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> One:
     _rank(x, 4)
     if m.padding_mode != "zeros":
         raise Unreadable(f"pads with {m.padding_mode!r}")
@@ -119,6 +122,16 @@ def _convolution(m: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> Found:
 
 def _activation(kind: str, **fixed: float) -> Callable[..., Found]:
     return lambda input, inplace=False: (Activation, {"kind": kind, **fixed})
+
+
+def _linear_act(m: LinearAct, x: Tensor) -> Found:
+    if m.activation == "identity":
+        return _linear(m, x)
+    return [_linear(m, x), (Activation, {"kind": m.activation, "slope": m.slope})]
+
+
+def _convolution_leaky_relu(m: Conv2dLeakyReLU | ConvTranspose2dLeakyReLU, x: Tensor) -> Found:
+    return [_convolution(m, x), (Activation, {"kind": "leaky-relu", "slope": m.slope})]
 
 
 def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Found:
@@ -154,7 +167,7 @@ def _add(input: Tensor | float, other: Tensor | float, *, alpha: float = 1) -> F
 def _average_pool(
     input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
     count_include_pad: bool = True, divisor_override: int | None = None,
-) -> tuple[type[Layer], dict[str, Any]]:  # fmt: skip
+) -> One:  # fmt: skip
     _rank(input, 4)
     kernel = _pair(kernel_size)
     return AveragePool, {
@@ -219,6 +232,9 @@ MODULES: dict[type[nn.Module], Callable[[Any, Tensor], Found]] = {
     nn.Linear: _linear,
     nn.Conv2d: _convolution,
     nn.ConvTranspose2d: _convolution,
+    LinearAct: _linear_act,
+    Conv2dLeakyReLU: _convolution_leaky_relu,
+    ConvTranspose2dLeakyReLU: _convolution_leaky_relu,
     nn.LeakyReLU: lambda m, x: _leaky_relu(x, m.negative_slope),
     nn.ReLU: lambda m, x: _leaky_relu(x, 0.0),
     nn.Softplus: lambda m, x: _softplus(x, m.beta, m.threshold),

@@ -90,6 +90,7 @@ def _record(module: nn.Module, example: Tensor) -> _Recorder:
         finally:
             for hook in hooks:
                 hook.remove()
+                nn.modules.module._global_forward_hooks_with_kwargs.pop(hook.id, None)  # torch leaves it there
     if _host_random_state() != before:
         raise Unreadable("it draws random numbers of Python or numpy when it is called")
     if not isinstance(out, Tensor):
@@ -241,28 +242,27 @@ class _Recorder(TorchFunctionMode):
         return number
 
     def add(self, name: str, title: str, found: Found, inputs: list[Tensor], numbers: list[int], out: Tensor) -> None:
-        """Make the output a value: of a new layer, or, where nothing was ``found`` to be done, of the first input."""
+        """Make the output a value: of new layers, or, where nothing was ``found`` to be done, of the first input."""
         if not torch.is_grad_enabled() or torch.is_autocast_enabled(out.device.type):
             raise Unreadable(f"{title} runs under no_grad or autocast")
         if any(t.dtype != out.dtype or t.device != out.device for t in inputs):
             raise Unreadable(f"{title} makes {out.dtype} on {out.device} of {inputs[0].dtype} on {inputs[0].device}")
         rows, shape = out.shape[0] if out.ndim else 0, tuple(out.shape[1:])
-        if found is not None and found[0] is Reshape:
+        made = found if isinstance(found, list) else [] if found is None else [found]
+        if made and made[0][0] is Reshape:
             if 0 < rows < self.rows and self.rows % rows == 0 and numbers == [0] and not self.layers:
-                self.rows, self.packed, self.shape, found = rows, self.rows // rows, shape, None
+                self.rows, self.packed, self.shape, made = rows, self.rows // rows, shape, []
                 self.tensors = {key: (t, -1) for key, (t, _) in self.tensors.items()}
             elif out.shape == inputs[0].shape:
-                found = None
+                made = []
         if rows != self.rows:
             raise Unreadable(f"{title} does not keep the rows: {list(inputs[0].shape)} become {list(out.shape)}")
-        number = numbers[0]
-        if found is not None:
-            cls, fields = found
+        for cls, fields in made:
             if cls is not Reshape and any(out is t for t in inputs):
                 self._changed_in_place(title, out)
             self.layers.append(cls(name=name, inputs=tuple(numbers), shape=shape, **fields))
-            number = len(self.layers)
-        self.tensors[id(out)] = out, number
+            numbers = [len(self.layers)]
+        self.tensors[id(out)] = out, numbers[0]
 
     def _changed_in_place(self, title: str, out: Tensor) -> None:
         """Tensors that share the memory of one that was changed are no longer the values that they were."""

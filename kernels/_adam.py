@@ -225,8 +225,11 @@ def bias_corrections(settings_ptr, t, lr):
 
 
 @triton.jit
-def adam_element(p, g, m, v, rate, root, lr, settings_ptr, DECAY: tl.constexpr):
-    """New (p, m, v), all in p's type; rate, root and lr are fp64 scalars."""
+def adam_element(p, g, m, v, rate, root, lr, settings_ptr, DECAY: tl.constexpr, ROUNDED: tl.constexpr):
+    """New (p, m, v), all in p's type; rate, root and lr are fp64 scalars.
+
+    ROUNDED: root and quotient in fp32 to the nearest number, else to 2 ulp of the change, for a third of the registers.
+    """
     T: tl.constexpr = p.dtype
     weight_decay = tl.load(settings_ptr + _WEIGHT_DECAY)
     old = p
@@ -237,8 +240,8 @@ def adam_element(p, g, m, v, rate, root, lr, settings_ptr, DECAY: tl.constexpr):
     m = m + (g - m) * tl.load(settings_ptr + _REST1).to(T)
     v = v * tl.load(settings_ptr + _BETA2).to(T) + g * g * tl.load(settings_ptr + _REST2).to(T)
     eps = tl.load(settings_ptr + _EPS).to(T)
-    if p.dtype == tl.float64:
-        change = m * rate / (tl.sqrt(v) * root + eps)
+    if p.dtype == tl.float64 or not ROUNDED:
+        change = m * rate.to(T) / (tl.sqrt(v) * root.to(T) + eps)
     else:
         change = tl.div_rn(m * rate.to(T), tl.sqrt_rn(v) * root.to(T) + eps)
     return old - change, m, v

@@ -9,7 +9,9 @@ import triton.language as tl
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """phi(z) in the type of z; "leaky-relu" with SLOPE 0 is ReLU."""
-    if ACTIVATION == "leaky-relu":
+    if ACTIVATION == "leaky-relu" and SLOPE == 0:
+        z = tl.where(z <= 0, 0.0, z)  # -inf gives 0, NaN stays
+    elif ACTIVATION == "leaky-relu":
         z = tl.where(z > 0, z, z * SLOPE)
     elif ACTIVATION == "tanh":
         # 1 - 2 / (exp(2 |z|) + 1) loses digits near 0, where the series is exact to rounding

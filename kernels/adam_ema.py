@@ -137,7 +137,7 @@ def _adam_ema_kernel(
         if SCALED:
             g = g * inverse.to(T)
         rate, root = bias_corrections(settings_ptr, tl.load(steps_ptr + owner).to(tl.float64) + 1, lr)
-        new, m, v = adam_element(old, g, m, v, rate, root, lr, settings_ptr, DECAY)
+        new, m, v = adam_element(old, g, m, v, rate, root, lr, settings_ptr, DECAY, True)
         tl.store(exp_avg_ptr + at, tl.where(real, m, 0.0), mask=goes)
         tl.store(exp_avg_sq_ptr + at, tl.where(real, v, 0.0), mask=goes)
         p = tl.where(real, tl.where(goes, new, old), 0.0)  # 0 / (0 + eps) of the padding is not a number where eps is 0

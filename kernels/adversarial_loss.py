@@ -187,8 +187,8 @@ _FORMULAS = {
 
 
 def adversarial_loss_launch(
-    kind: Kind,
-    player: Player,
+    kind: str,
+    player: str,
     real: Tensor | None,
     fake: Tensor,
     real_scale: Tensor | None,
@@ -341,15 +341,15 @@ def adversarial_loss(
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
-    g = torch.Generator(device=device).manual_seed(0)
+    g = torch.Generator().manual_seed(0)
 
     def sample(name: str, kind: Kind, player: Player, *shape: int) -> Sample:
-        real, fake = (torch.randn(shape, generator=g, device=device).to(dtype) for _ in range(2))
+        real, fake = (torch.randn(shape, generator=g).to(device, dtype) for _ in range(2))
         compares = player == "discriminator" or kind == "relativistic"
         return Sample(name, (real if compares else None, fake), {"kind": kind, "player": player})
 
     samples = [sample(f"{kind}-d", kind, "discriminator", 16) for kind in get_args(Kind)]
-    samples += [sample(f"{kind}-g", kind, "generator", 4, 1) for kind in get_args(Kind)]
+    samples += [sample(f"{kind}-g", kind, "generator", 2, 1) for kind in get_args(Kind)]
     return [samples[-1], *samples[:-1], sample("blocks", "hinge", "discriminator", 513)]
 
 
@@ -385,4 +385,5 @@ SPEC = OpSpec(
     launches=_launches,
     order=2,
     bytes_moved=_bytes_moved,
+    takes_empty=False,
 )

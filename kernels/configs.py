@@ -73,9 +73,16 @@ def config(op: str, m: int, n: int, k: int, dtype: torch.dtype, arch: int | None
     row = None if arch is None else _table()[0].get((op, shape_class(m, n, k), dtype, arch))
     if row is not None:
         return row
-    # the largest tile that still gives every multiprocessor one, and as many small ones as there are where none does
+    return rule(op, m, n, k, dtype, arch)
+
+
+def rule(op: str, m: int, n: int, k: int, dtype: torch.dtype, arch: int | None = None) -> Config:
+    """What :func:`config` gives for shapes that the table does not hold.
+
+    The largest tile that still gives most multiprocessors one; the smallest where none does.
+    """
     tiles = _candidates(op, dtype)
-    wanted = _MULTIPROCESSORS.get(arch or 90, 132)
+    wanted = 3 * _MULTIPROCESSORS.get(arch or 90, 132) // 4
     enough = [t for t in tiles if triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n) >= wanted]
     return enough[-1] if enough else tiles[0]
 

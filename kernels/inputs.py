@@ -180,6 +180,7 @@ def _inputs_kernel(
 # ---- launchers
 
 _NEVER = 2**62  # the first program of a draw that is not there
+_DRAWS = 8  # rows of a table: one kernel for every smaller number
 
 
 def _check(draws: Sequence[Draw]) -> list[tuple[int, int]]:
@@ -195,7 +196,7 @@ def _check(draws: Sequence[Draw]) -> list[tuple[int, int]]:
 def inputs_launch(draws: Sequence[Draw], rows: SampleArguments | None = None) -> Launch:
     """All draws of an update, and the next rows of its data.
 
-    Building one copies a table of 128 bytes for each draw to the device, which belongs before a capture; running it
+    Building one copies a table of 1 KiB to the device, which belongs before a capture; running it
     does not. The outputs must not overlap.
 
     Args:
@@ -215,7 +216,7 @@ def inputs_launch(draws: Sequence[Draw], rows: SampleArguments | None = None) ->
             0, 0, 0,
         ])  # fmt: skip
         programs += triton.cdiv(n_rows * triton.cdiv(n_cols, 4), BLOCK)
-    most = triton.next_power_of_2(len(draws))
+    most = max(_DRAWS, triton.next_power_of_2(len(draws)))
     fields += [[_NEVER, *[0] * 15]] * (most - len(draws))
     table = torch.tensor(fields, dtype=torch.int64, device=draws[0].out.device)
     table.__dict__["keeps_alive"] = [(d.out, d.step) for d in draws]

@@ -306,7 +306,13 @@ def _check_head(op: str, hidden: torch.Tensor, head: Head) -> None:
         0 <= h.seeded <= h.chain <= n_rows, op,
         f"head.seeded is {h.seeded} and head.chain {h.chain}, expected 0 <= seeded <= chain <= {n_rows}",
     )  # fmt: skip
-    check(h.logits is None or h.logits.shape == (n_rows,), op, f"head.logits has another shape than ({n_rows},)")
+    lengths = {"logits": n_rows, "scales": n_rows, "seeds": h.chain}
+    for name, vector in (("logits", h.logits), ("seeds", h.seeds), ("scales", h.scales)):
+        if vector is None:
+            continue
+        long = (*vector.shape,) == (lengths[name],) or (name == "scales" and h.seeds is not None)
+        check(long, op, f"head.{name} has shape {tuple(vector.shape)}, expected ({lengths[name]},)")
+        check(vector.is_contiguous(), op, f"head.{name} is not contiguous")
     if h.kind is None:
         return
     check(h.kind in KINDS, op, f"head.kind is {h.kind!r}, expected one of {', '.join(KINDS)}")
@@ -321,13 +327,6 @@ def _check_head(op: str, hidden: torch.Tensor, head: Head) -> None:
     ]
     for name in [*names, *(["real"] if h.kind == "relativistic" else [])]:
         check(getattr(h, name) is not None, op, f"head.{name} is None, which the {h.player}'s {h.kind} loss needs")
-    lengths = {"logits": n_rows, "scales": n_rows, "seeds": h.chain}
-    for name, vector in (("logits", h.logits), ("seeds", h.seeds), ("scales", h.scales)):
-        if vector is None:
-            continue
-        long = (*vector.shape,) == (lengths[name],) or (name == "scales" and h.seeds is not None)
-        check(long, op, f"head.{name} has shape {tuple(vector.shape)}, expected ({lengths[name]},)")
-        check(vector.is_contiguous(), op, f"head.{name} is not contiguous")
     check(h.counter is None or h.counter.dtype == torch.int32, op, "head.counter is not of dtype torch.int32")
     check(h.n > 0, op, f"head.n is {h.n}, expected > 0")
     for name, first in (("real", h.real), ("fake", h.fake)):

@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch.utils.flop_counter import register_flop_formula
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastgan.backend import Backend, resolve
@@ -57,7 +58,7 @@ def linear_lrelu_reference(
     """The formula above in PyTorch ops; the precision of its fp32 products is PyTorch's setting."""
     z = torch.nn.functional.linear(x, weight, bias)
     if activation == "leaky-relu":
-        return torch.nn.functional.leaky_relu(z, slope)
+        return torch.relu(z) if slope == 0 else torch.nn.functional.leaky_relu(z, slope)
     if activation == "identity":
         return z
     return torch.tanh(z) if activation == "tanh" else torch.sigmoid(z)
@@ -302,6 +303,16 @@ _linear_lrelu_mask = register(
     "linear_lrelu_mask(Tensor dy, Tensor y, str activation, float slope) -> Tensor",
     _mask, _mask_fake, _mask_setup, _mask_backward,
 )  # fmt: skip
+
+
+@register_flop_formula(torch.ops.fastgan.linear_lrelu)
+def _forward_flops(x_shape, weight_shape, *args, **kwargs):
+    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
+
+
+@register_flop_formula(torch.ops.fastgan.linear_lrelu_product)
+def _product_flops(a_shape, b_shape, a_transposed, b_transposed, *args, **kwargs):
+    return 2 * a_shape[0] * a_shape[1] * b_shape[0 if b_transposed else 1]
 
 
 # ---- public

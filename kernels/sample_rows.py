@@ -166,11 +166,11 @@ def shuffled(position, n, low_bits, high_bits, key0, key1):
     while tl.max(walks.to(tl.int32), 0) > 0:
         left = item >> low
         right = item & low_mask
-        for i in tl.static_range(8):
+        for i in range(0, 8, 2):  # not unrolled: code that runs once or twice costs what it takes to fetch it
             mixed, _, _, _ = philox(right, i, passes, _ORDER << 16, key0, key1)
-            mixed = left ^ (mixed & (high_mask if i % 2 == 0 else low_mask))
-            left = right
-            right = mixed
+            left = left ^ (mixed & high_mask)
+            mixed, _, _, _ = philox(left, i + 1, passes, _ORDER << 16, key0, key1)
+            right = right ^ (mixed & low_mask)
         item = tl.where(walks, (left << low) | right, item)
         walks = item.to(tl.int64) >= n
     return item.to(tl.int64)

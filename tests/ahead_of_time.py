@@ -3,7 +3,7 @@
     python tests/ahead_of_time.py            prints the table; exit code 1 where a launch does not fit
     python tests/ahead_of_time.py --write    writes it to bench/results/ahead_of_time.md
 
-Triton's cache holds what was compiled before; two processes compile the rest.
+Triton's cache holds what was compiled before; a process for each core compiles the rest.
 """
 
 from __future__ import annotations
@@ -273,9 +273,9 @@ def _run(i: int) -> Row:
         return Row(op, launch.kernel.__name__, dtype, config, arch, error=f"{type(e).__name__}: {last}")
 
 
-def compile_all(todo: list[Job], processes: int = 2) -> list[Row]:
+def compile_all(todo: list[Job]) -> list[Row]:
     _jobs[:] = todo
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
         return pool.map(_run, range(len(todo)), chunksize=4)
 
 

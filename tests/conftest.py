@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -31,14 +31,20 @@ def exact_and_seeded() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory reads as NaN, so a kernel that misses an element fails."""
-    real = torch.empty_like
+    """Uninitialised memory reads as NaN, so what misses an element fails; tests/guards.py looks beside it as well."""
 
-    def empty_like(t: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        out = real(t, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def empty(*args: object, **kwargs: object) -> torch.Tensor:
+            out = allocate(*args, **kwargs)
+            if not out.is_floating_point() or out.is_meta:
+                return out
+            with torch.no_grad():
+                return out.fill_(float("nan"))
 
-    monkeypatch.setattr(torch, "empty_like", empty_like)
+        return empty
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
 @pytest.fixture(scope="session")

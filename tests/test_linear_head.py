@@ -54,6 +54,10 @@ def expected(
         out |= {"loss": value.detach(), "scales": scales.where(has, torch.nan)}
         seeded = has & (torch.arange(len(hidden), device=hidden.device) < head.seeded)
         seed = torch.where(seeded, scales, seed)
+        if head.seeds is not None:
+            out["scales"] = out["scales"].where(~seeded, torch.nan)
+    if head.seeds is not None:
+        out["seeds"] = seed[: head.chain]
     h = hidden[: head.chain].to(dtype)
     adjoint = seed[: head.chain, None] * head.weight.to(dtype) * dphi(h, head.activation, head.slope)
     out["adjoint"] = adjoint
@@ -67,7 +71,7 @@ def run(
     device: torch.device, dtype: torch.dtype, *, kind: str | None, player: str, n: int, k: int, columns: int | None,
     real: int | None, fake: int, rows: int, seeded: int, chain: int, activation: str = "leaky-relu",
     mask_activation: str | None = "tanh", bias: bool = True, scaled: bool = False,
-    tile: configs.Config | None = None,
+    seeds: bool = False, tile: configs.Config | None = None,
 ) -> None:  # fmt: skip
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     guarded = Guarded(device)
@@ -88,6 +92,7 @@ def run(
         logits=guarded.new(rows, dtype=wide), scales=guarded.new(rows, dtype=wide), loss=loss, real_mean=real_mean,
         fake_mean=fake_mean, counter=torch.zeros(1, dtype=torch.int32, device=device),
         loss_scale=torch.tensor(64.0, device=device, dtype=wide) if scaled else None,
+        seeds=guarded.new(chain, dtype=dtype) if seeds else None,
     )  # fmt: skip
     before = hidden.clone(), head.weight.clone()
     launch = head_launch(
@@ -109,13 +114,15 @@ def run(
     assert torch.equal(first["loss"], loss) or kind is None
     assert mask is None or torch.equal(out_first, out)
     got = {"logits": head.logits, "scales": head.scales, "loss": loss, "real_mean": real_mean, "fake_mean": fake_mean,
-           "adjoint": adjoint, "out": out}  # fmt: skip
+           "seeds": head.seeds, "adjoint": adjoint, "out": out}  # fmt: skip
     plain = expected(head, hidden, dtype, weight, mask, mask_activation or "", wide)
     exact = expected(head, hidden, dtype, weight, mask, mask_activation or "", torch.float64)
     for name in plain:
         g, p, e = got[name], plain[name].to(got[name].dtype), exact[name]
         if name == "scales":
             assert torch.equal(g.isnan(), e.isnan()), "other rows than those of the loss have a scale"
+            if not (~e.isnan()).any():
+                continue
             g, p, e = (t[~t.isnan()] for t in (g, p, e))
         assert_as_accurate(f"{kind} {player} {name}", g, p, e)
     if kind is None or player == "generator":
@@ -133,6 +140,7 @@ def test_every_loss(kind: str, player: str, dtype: torch.dtype, device: torch.de
         run(device, dtype, real=17 if kind == "relativistic" else None, fake=0, seeded=17, chain=17, **rest)
 
 
+@pytest.mark.parametrize("seeds", [False, True], ids=["", "seeds"])
 @pytest.mark.parametrize("kind", ["non-saturating", "relativistic"])
 @pytest.mark.parametrize(
     ("rows", "places", "seeded", "chain"),
@@ -144,12 +152,13 @@ def test_every_loss(kind: str, player: str, dtype: torch.dtype, device: torch.de
     ],
 )
 def test_rows_of_penalties_begin_with_one(
-    rows: int, places: tuple[int, int], seeded: int, chain: int, kind: str, device: torch.device
+    rows: int, places: tuple[int, int], seeded: int, chain: int, kind: str, seeds: bool, device: torch.device
 ) -> None:
+    """With a place for seeds, what each row begins with, the scales are those of the other rows that have a loss."""
     real, fake = places
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.float16, torch.float32, torch.float64):
         run(device, dtype, kind=kind, player="discriminator", n=17, k=20, columns=7, real=real, fake=fake, rows=rows,
-            seeded=seeded, chain=chain)  # fmt: skip
+            seeded=seeded, chain=chain, seeds=seeds)  # fmt: skip
 
 
 @pytest.mark.parametrize(("activation", "mask_activation"), [("identity", None), ("tanh", "sigmoid"),
@@ -167,7 +176,7 @@ def test_odd_shapes_and_the_head_alone(n: int, k: int, columns: int | None, devi
 
 def test_penalties_alone(device: torch.device) -> None:
     run(device, torch.float32, kind=None, player="discriminator", n=0, k=33, columns=9, real=None, fake=0, rows=20,
-        seeded=0, chain=20, bias=False)  # fmt: skip
+        seeded=0, chain=20, bias=False, seeds=True)  # fmt: skip
 
 
 def test_loss_scale_enters_the_derivatives_alone(device: torch.device) -> None:
@@ -226,6 +235,8 @@ def test_a_nan_stays_in_its_row(device: torch.device) -> None:
         ({"fake": 3}, "head.fake is 3, expected rows [3, 3 + 2) within 4"),
         ({"seeded": 5}, "head.seeded is 5 and head.chain 4, expected 0 <= seeded <= chain <= 4"),
         ({"n": 0}, "head.n is 0, expected > 0"),
+        ({"seeds": torch.zeros(3)}, "head.seeds has shape (3,), expected (4,)"),
+        ({"seeds": torch.zeros(3), "kind": None}, "head.seeds has shape (3,), expected (4,)"),
         ({"scales": torch.zeros(3)}, "head.scales has shape (3,), expected (4,)"),
         ({"activation": "relu"}, "activation is 'relu', expected one of identity"),
         ({"partials": torch.zeros(2)}, "partials has 2 elements, expected 3"),

@@ -733,3 +733,9 @@ def _timed(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def test_leaves_no_hook_on_every_module() -> None:
+    read(nn.Linear(2, 2), torch.zeros(2, 2), what="it")
+    assert not torch.nn.modules.module._has_any_global_hook()
+    assert not torch.nn.modules.module._global_forward_hooks_with_kwargs

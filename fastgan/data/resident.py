@@ -89,11 +89,20 @@ class ResidentFeed(Feed):
         Raises:
             ValueError: a shape, dtype or device that does not fit, or labels where the data set has none.
         """
+        self.draw(out, labels)
+        if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            self.advanced()
+
+    def draw(self, out: torch.Tensor, labels: torch.Tensor | None = None) -> None:
+        """What :meth:`fill` does on the device; :meth:`advanced` is the caller's to call."""
         from fastgan.kernels.sample_rows import sample_rows_
 
         sample_rows_(self.arguments(out, labels), backend=self._backend)
-        if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            self.advanced()
+
+    @property
+    def state(self) -> torch.Tensor:
+        """The position on the device, int64 0-dim: all that a draw changes."""
+        return self._counter
 
     def arguments(
         self, out: torch.Tensor, labels: torch.Tensor | None = None, *, advance: bool = True
