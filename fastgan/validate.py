@@ -11,6 +11,7 @@ On a GPU kernels run natively, on a CPU in Triton's interpreter.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 
 from fastgan import __version__
+from fastgan.arithmetic import Arithmetic
 from fastgan.closeness import Closeness, measure
 from fastgan.errors import InputError, unknown
 
@@ -280,6 +282,15 @@ def _drawn(pair: Pair, seed: int) -> tuple[nn.Module, nn.Module, int, dict[str, 
     return g, d, latent, {"real": real[rows], "z": z[rows], "alpha": alpha[rows], "z_g": z_g[rows]}
 
 
+class _AllReduced(Arithmetic):
+    """Autocast around penalties too."""
+
+    @contextlib.contextmanager
+    def full(self) -> Iterator[None]:
+        with self.reduced():
+            yield
+
+
 @dataclass
 class _Update:
     gradients: dict[str, torch.Tensor]  # of all parameters of a player in one tensor
@@ -288,9 +299,13 @@ class _Update:
 
 
 def _update(
-    pair: Pair, seed: int, dtype: str, device: torch.device, backend: str, closed_form: bool
+    pair: Pair, seed: int, dtype: str, device: torch.device, backend: str, closed_form: bool,
+    penalties: str = "full",
 ) -> _Update:  # fmt: skip
-    """Both players' gradients at the start, read off Adam's first moments: with beta 1 = 0 they are the gradients."""
+    """Both players' gradients at the start, read off Adam's first moments: with beta 1 = 0 they are the gradients.
+
+    ``penalties``: the precision that autograd takes them in.
+    """
     from fastgan.engine import Engine
     from fastgan.optim import Adam
 
@@ -306,6 +321,8 @@ def _update(
         g, d, latent, pair.loss, pair.penalties, g_optimizer=adam, d_optimizer=adam, ema=None, device=device,
         precision=precision, backend=by, closed_form=closed_form,
     )  # fmt: skip
+    if penalties == "reduced":
+        engine._autograd.arithmetic = _AllReduced(engine.precision, engine.device)
     if dtype == "fp16":  # a scale at which nothing overflows, which would leave the update out
         state = engine.state_dict()
         state["loss_scale"]["scale"] = torch.full_like(state["loss_scale"]["scale"], 2.0**8)
@@ -346,7 +363,9 @@ def _plan_rows(pair: Pair, dtype: str, device: torch.device, backend: str) -> li
         skipped = got.autograd
         if len(skipped) == len(got.gradients):
             break
-        plain = _update(pair, seed, dtype, device, "reference", False)
+        # kernels multiply in the working precision in penalties too: so must what they are compared with
+        penalties = "reduced" if backend == "triton" and dtype in ("bf16", "fp16") else "full"
+        plain = _update(pair, seed, dtype, device, "reference", False, penalties)
         exact = _update(pair, seed, "fp64", device, "reference", False) if dtype != "fp64" else plain
         kept &= got.inputs_kept
         for player in plain.gradients:
