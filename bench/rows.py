@@ -295,7 +295,7 @@ def apart(context: Context, a: Callable[..., Way], b: Callable[..., Way], steps:
 
 
 def memory(context: Context) -> None:
-    """Peak of a critic update of 784-1024-1024-1024-1 at batch 4096 by way, beyond networks and batch."""
+    """Peak of a critic update of 784-1024-1024-1024-1 at batch 4096 by way: networks, optimiser and all that the update holds."""
     ways = rivals.hand_written(context.device) | rivals.ENGINE
     ways = {label: make for label, make in ways.items() if not label.endswith(("again", "a call"))}
     for precision in PRECISIONS:
@@ -304,7 +304,7 @@ def memory(context: Context) -> None:
 
 
 def peak(context: Context, make: Callable[[Setting], Way], precision: str) -> dict[str, float]:
-    """Bytes by torch's allocator: the most that lives, less what lived once networks and batch were there."""
+    """Bytes by torch's allocator: the most that lives in three updates, less the batch."""
     import fastgan
 
     def networks() -> Networks:
