@@ -44,8 +44,8 @@ from fastgan.kernels._adam import (
 )
 from fastgan.kernels._device import last_arrival
 from fastgan.kernels._launch import Launch, accumulator, check, check_dtype
+from fastgan.kernels._matrix import DTYPES, INTERPRETED, PRECISIONS, arch_of, input_precision, rows_of
 from fastgan.kernels._spec import OpSpec, Sample
-from fastgan.kernels.linear_lrelu import DTYPES, INTERPRETED, PRECISIONS, arch_of, input_precision, rows_of
 
 Rows = tuple[int, int]  # begin and end
 
