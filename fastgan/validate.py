@@ -116,16 +116,18 @@ class _Run:
     inputs_kept: bool
 
 
-def _derivatives(fn: Callable[..., Any], sample: Any, dtype: torch.dtype, as_dtype: torch.dtype, order: int) -> _Run:
-    """Values of an op of ``dtype``, computed in ``as_dtype``, and derivatives of a random projection of them."""
+def _derivatives(
+    fn: Callable[..., Any], sample: Any, dtype: torch.dtype, order: int, seed: int, exact: bool = False
+) -> _Run:  # fmt: skip
+    """Values of an op of ``dtype``, with ``exact`` in fp64, and derivatives of a random projection of them."""
 
     def cast(v: Any) -> Any:
-        if isinstance(v, torch.Tensor):  # in the sample's own memory where the dtype is the same: with its strides
-            return v.detach().to(as_dtype) if v.is_floating_point() else v
-        return as_dtype if v == dtype and isinstance(v, torch.dtype) else v
+        if isinstance(v, torch.Tensor):  # else in the sample's own memory, with its strides
+            return v.detach().double() if exact and v.is_floating_point() else v.detach()
+        return torch.float64 if exact and isinstance(v, torch.dtype) and v == dtype else v
 
     def randn_like(t: torch.Tensor) -> torch.Tensor:  # the same numbers in every dtype
-        return torch.randn(t.shape, generator=g, device=t.device).to(dtype).to(as_dtype)
+        return torch.randn(t.shape, generator=g, device=t.device).to(dtype).to(t.dtype)
 
     inputs = [cast(t) for t in sample.inputs]
     kwargs = {k: cast(v) for k, v in sample.kwargs.items()}
@@ -138,7 +140,7 @@ def _derivatives(fn: Callable[..., Any], sample: Any, dtype: torch.dtype, as_dty
     outs = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, torch.Tensor)]
     found = {f"y{i}": ("value", t) for i, t in enumerate(outs)}
     if wrt:
-        g = torch.Generator(device=wrt[0].device).manual_seed(1)
+        g = torch.Generator(device=wrt[0].device).manual_seed(seed)
         smooth = [t for t in outs if t.requires_grad]
         if not smooth:
             raise RuntimeError("the result does not depend on the inputs: autograd has no graph of it")
@@ -161,24 +163,38 @@ def _derivatives(fn: Callable[..., Any], sample: Any, dtype: torch.dtype, as_dty
     return _Run({k: (what, t.detach()) for k, (what, t) in found.items()}, kept)
 
 
+_FEW, _PROJECTIONS = 32, 4
+
+
 def _op_rows(spec: Any, dtype: str, device: torch.device) -> list[Row]:
-    kind = DTYPES[dtype]
-    gathered = _Gathered("op", spec.name, dtype)
+    """A derivative of few numbers, in which PyTorch may be exact by luck, is taken of several projections."""
+    kind, gathered = DTYPES[dtype], _Gathered("op", spec.name, dtype)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        return spec.op(*args, **kwargs, backend="triton")
+
     for sample in spec.samples(device, kind):
-        got, again = (
-            _derivatives(lambda *a, **k: spec.op(*a, **k, backend="triton"), sample, kind, kind, spec.order)
-            for _ in range(2)
-        )
-        plain = _derivatives(spec.reference, sample, kind, kind, spec.order)
-        exact = _derivatives(spec.reference, sample, kind, torch.float64, spec.order)
-        for key, (what, expected) in plain.tensors.items():
-            if key not in got.tensors:
+        plain = [_derivatives(spec.reference, sample, kind, spec.order, 1)]
+        few = any(what != "value" and 0 < t.numel() < _FEW for what, t in plain[0].tensors.values())
+        seeds = range(1, _PROJECTIONS + 1) if few else range(1, 2)
+        plain += [_derivatives(spec.reference, sample, kind, spec.order, seed) for seed in seeds[1:]]
+        exact = [_derivatives(spec.reference, sample, kind, spec.order, seed, exact=True) for seed in seeds]
+        got = [_derivatives(kernel, sample, kind, spec.order, seed) for seed in seeds]
+        again = _derivatives(kernel, sample, kind, spec.order, 1)
+        kept = all(run.inputs_kept for run in got)
+        for key, (what, expected) in plain[0].tensors.items():
+            found = got[0].tensors.get(key, ("", None))[1]
+            if found is None:
                 close = Closeness(math.nan, math.nan, math.nan, f"{key} is missing")
-                gathered.add(what, sample.name, close, True, got.inputs_kept)
+                gathered.add(what, sample.name, close, True, kept)
                 continue
-            close = measure(got.tensors[key][1], expected, exact.tensors[key][1])
-            repeats = _same(got.tensors[key][1], again.tensors[key][1])
-            gathered.add(what, sample.name, close, repeats, got.inputs_kept)
+            if found.shape != expected.shape or found.dtype != expected.dtype:
+                close = measure(found, expected, exact[0].tensors[key][1])
+            else:
+                runs = slice(1) if what == "value" else slice(None)
+                a, b, c = (torch.stack([run.tensors[key][1] for run in each[runs]]) for each in (got, plain, exact))
+                close = measure(a, b, c)
+            gathered.add(what, sample.name, close, _same(found, again.tensors[key][1]), kept)
     return gathered.rows()
 
 

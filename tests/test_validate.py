@@ -267,6 +267,42 @@ def test_what_the_interpreter_cannot_do_is_skipped(monkeypatch: pytest.MonkeyPat
     assert "bf16 skipped: Triton's interpreter" in " ".join(validate.render(report).split())
 
 
+def test_inputs_of_another_dtype_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table in fp32 that is given out in fp16, and sums of fp16 that come in fp32: exact means all in fp64."""
+
+    def cast(table: torch.Tensor, *, dtype: torch.dtype, backend: str = "") -> torch.Tensor:
+        assert table.dtype in (torch.float32, torch.float64)
+        return table.to(dtype)
+
+    samples = [Sample("some", (torch.rand(4, 3),), {"dtype": torch.float16})]
+    spec = with_op(cast, reference=cast, samples=lambda *args: samples, order=0, dtypes=(torch.float16,))
+    monkeypatch.setattr(kernels, "SPECS", (spec,))
+    (row,) = validate.run([spec.name], ["fp16"])["rows"]
+    assert row["passed"], row
+    assert row["plain"] > 0
+
+    def total(x: torch.Tensor, *, backend: str = "") -> torch.Tensor:
+        return x.float().square().sum()
+
+    samples = [Sample("some", (torch.rand(40, 3).half(),))]
+    spec = with_op(total, reference=total, samples=lambda *args: samples, dtypes=(torch.float16,))
+    monkeypatch.setattr(kernels, "SPECS", (spec,))
+    assert validate.run([spec.name], ["fp16"])["passed"]
+
+
+def test_derivatives_of_few_numbers_are_taken_of_several_projections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's error in a single number says little: it may be exact by luck."""
+    made: list[int] = []
+
+    def mean(x: torch.Tensor, *, backend: str = "") -> torch.Tensor:
+        made.append(backend == "triton")
+        return x.square().mean()
+
+    samples = [Sample("some", (torch.rand(40, 3),))]
+    assert report_of(monkeypatch, with_op(mean, reference=mean, samples=lambda *args: samples))["passed"]
+    assert made.count(True) == 4 + 1  # the last for the same bits
+
+
 # ---- mistakes
 
 
