@@ -361,8 +361,8 @@ def launches(dtype: torch.dtype) -> list[Launch]:
     ]  # fmt: skip
     wide_operands = dtype in (torch.float32, torch.float64)  # the losses are computed in the type of the sums
     kinds = KINDS if wide_operands else ("non-saturating", "relativistic")
-    kinds = KINDS if dtype == torch.float32 else KINDS[-1:]  # rows and losses are fp32 in lower precision too
-    alone = [head_launch(hidden, head(kind, player), adjoint) for kind in kinds for player in PLAYERS]
+    losses = KINDS if dtype == torch.float32 else KINDS[-1:]  # rows and losses are fp32 in lower precision too
+    alone = [head_launch(hidden, head(kind, player), adjoint) for kind in losses for player in PLAYERS]
     if dtype == torch.float32:
         fused.append(head_launch(hidden, head("hinge"), adjoint, weight, out))
     return [*fused, *alone, head_launch(hidden, head(None), adjoint, weight, out, precision="tf32")]
