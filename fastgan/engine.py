@@ -178,6 +178,7 @@ class Engine:
         self._point_at_figures()
         rows = torch.full((_HISTORY, n_figures), math.nan, dtype=self.dtype, device=self.device)
         self._ring = Ring(self._figures, rows, torch.zeros((), dtype=torch.int64, device=self.device))
+        self._row = torch.zeros((), dtype=torch.int64, device=self.device)
         self._loss_scale = LossScale.on(self.device)
         self._warn_of_mixed_rows()
         self._autograd = Autograd(
@@ -418,6 +419,14 @@ class Engine:
             self.d_step(x, labels=y, fake=f)
         if self.generator is not None:
             self.g_step(real=x if self.loss.compares else None, labels=y)
+        self._remember()
+
+    def _remember(self) -> None:
+        """Put the figures into the ring."""
+        ring = self._ring
+        torch.remainder(ring.slot, len(ring.rows), out=self._row)
+        ring.rows.index_copy_(0, self._row.view(1), ring.values.view(1, -1))
+        ring.slot.add_(1)
 
     def run(self, feed: Iterator[Batch], iterations: int) -> None:
         """Many iterations; on a feed that lies on the GPU several of them are one replay of a graph.
@@ -582,7 +591,7 @@ class Engine:
         self, batch: int, due: Sequence[tuple[tuple[Phase, ...], ...]], labelled: bool, feed: ResidentFeed | None
     ) -> Variant:
         """Iterations as the updates that :meth:`d_step` and :meth:`g_step` make, over static inputs."""
-        variant, shape = Variant(), (batch, *(self.sample_shape or ()))
+        variant, shape = Variant(batch=batch), (batch, *(self.sample_shape or ()))
         for _ in due[0]:
             variant.real.append(torch.zeros(shape, dtype=self.dtype, device=self.device))
             if labelled:
@@ -600,6 +609,7 @@ class Engine:
                 if self.generator is not None:
                     labels = variant.labels[-1] if variant.labels else None
                     self._update_generator(None, variant.real[-1] if self.loss.compares else None, labels, batch)
+                self._remember()
 
         variant.body = body
         return variant
@@ -617,9 +627,10 @@ class Engine:
         """Say once why a faster path is not taken; an explicit backend or executor is an error then."""
         if variant.why_updates is not None and self.backend == "triton":
             raise InputError(f"Engine: backend is 'triton', but {variant.why_updates}")
+        why_updates = variant.why_updates if self.kernels else None
         why_unrecorded = variant.why_unrecorded if self.executor != "eager" else None
-        for what, why in (("runs update by update", variant.why_updates), ("is not recorded", why_unrecorded)):
-            if why is not None and self.kernels and (what, why) not in self._said:
+        for what, why in (("runs update by update", why_updates), ("is not recorded", why_unrecorded)):
+            if why is not None and (what, why) not in self._said:
                 _LOG.warning("fastgan: the iteration %s: %s", what, why)
                 self._said.add((what, why))
 
@@ -872,14 +883,31 @@ class Engine:
             ``d_grad_norm`` and ``g_grad_norm`` (of the last gradients, penalties included), and ``skipped_steps``
             (updates left out since the start because a gradient was not finite). NaN where nothing was measured yet.
         """
-        skipped = self._d.skipped.to(self.dtype)
-        g_norm = nan = torch.full_like(skipped, math.nan)
-        if self._g is not None:
-            skipped, g_norm = skipped + self._g.skipped, self._g.grad_norm
-        penalty = torch.stack(list(self._penalty.values()) or [nan]).sum()
-        values = torch.stack([*self._metrics, penalty, self._d.grad_norm, g_norm, skipped]).tolist()
-        names = (*_METRICS, "penalty", "d_grad_norm", "g_grad_norm", "skipped_steps")
-        return dict(zip(names, values, strict=True))
+        skipped = self._d.skipped + (self._g.skipped if self._g is not None else 0)
+        *figures, skips = torch.cat([self._figures.double(), skipped.double().view(1)]).tolist()
+        return {**self._named(figures), "skipped_steps": skips}
+
+    def history(self) -> list[dict[str, float]]:
+        """Figures of the last iterations of :meth:`step` and :meth:`run`, at most 64, the newest last; waits.
+
+        They are kept on the device until asked for, also where many iterations are one replay of a graph. Keys are
+        those of :meth:`metrics` but ``skipped_steps``.
+        """
+        ring = self._ring
+        *rows, (end, *_) = torch.cat([ring.rows.double(), ring.slot.double().expand(1, ring.rows.shape[1])]).tolist()
+        made = range(max(0, int(end) - len(rows)), int(end))
+        return [self._named(rows[i % len(rows)]) for i in made]
+
+    def _named(self, figures: Sequence[float]) -> dict[str, float]:
+        n = len(_METRICS)
+        penalty = sum(figures[n:-2]) if self._intervals else math.nan
+        return dict(
+            zip(
+                (*_METRICS, "penalty", "d_grad_norm", "g_grad_norm"),
+                (*figures[:n], penalty, *figures[-2:]),
+                strict=True,
+            )
+        )
 
     @torch.no_grad()
     def sample(
@@ -946,6 +974,8 @@ class Engine:
         fakes = self._fakes_path(batch)
         if fakes is not None:
             lines.append(f"fakes of the discriminator's updates: {fakes}")
+        if self._by_variant and self.sample_shape is not None:
+            lines.append(f"iteration: {self._iteration_path(batch)}")
         notes = []
         if self._sigmoid is not None:
             notes.append("the discriminator ends in Sigmoid: it is trained on that layer's input, the logits")
@@ -960,7 +990,10 @@ class Engine:
             else:
                 notes.append("lazy penalties: d_optimizer is yours, its lr and betas are left as they are")
         if self.precision in ("bf16", "fp16", "tf32") and self.penalties:
-            notes.append("penalties run in fp32, on a forward pass of their own")
+            notes.append(
+                f"penalties take {self.precision} operands in kernels; their sums, norms and values are fp32"
+                if self.kernels else "penalties run in fp32, on a forward pass of their own"
+            )  # fmt: skip
         for updater, name in ((self._d, "d_optimizer"), (self._g, "g_optimizer")):
             if updater is None:
                 continue
@@ -985,9 +1018,26 @@ class Engine:
         if not isinstance(plan, Plan):
             return f"autograd, PyTorch ops\n  why: {plan}\n  cost at batch {batch}: {through}"
         buffers = sum(t.nbytes for t in plan.buffers) / 2**20
-        return (
-            f"closed form\n  cost at batch {batch}: {cost}; {buffers:.1f} MiB of buffers\n  through autograd: {through}"
-        )
+        how = "closed form, Triton kernels" if self.kernels else "closed form"
+        return f"{how}\n  cost at batch {batch}: {cost}; {buffers:.1f} MiB of buffers\n  through autograd: {through}"
+
+    def _iteration_path(self, batch: int) -> str:
+        """How :meth:`step` runs, as far as that is known."""
+        variants = self._executor.variants if self._executor is not None else []
+        variant = next((v for v in reversed(variants) if v.batch == batch), None)
+        if variant is None:
+            variant = Variant(why_unrecorded="not known before the first step")
+            try:
+                variant.iterations = self._lay_out(batch, [tuple(tuple(self._due(k)) for k in range(self.n_critic))])
+            except LookupError as e:
+                variant.why_updates = str(e)
+        what = f"{len(variant.iterations[0].calls)} launches" if variant.iterations else "update by update"
+        nodes = variant.recording.nodes() if variant.recording is not None else None
+        recorded = "a CUDA graph" if nodes is None else f"a CUDA graph of {nodes.get('kernel', 0)} kernels"
+        lines = [what if variant.recording is None else f"{what}, {recorded}"]
+        lines += [f"  why update by update: {variant.why_updates}"] if variant.why_updates is not None else []
+        lines += [f"  why no graph: {variant.why_unrecorded}"] if variant.why_unrecorded is not None else []
+        return "\n".join(lines)
 
     @contextlib.contextmanager
     def _as_it_was(self) -> Iterator[None]:

@@ -50,6 +50,7 @@ class Variant:
         labels, fake: the same for labels and given fakes.
         iterations: lists of launches, run one after another; none where updates run one by one.
         recording: the graph, or ``None``.
+        batch: samples of an update.
         why_updates: why it is not a list of launches.
         why_unrecorded: why there is no graph.
     """
@@ -60,6 +61,7 @@ class Variant:
     body: Callable[[], None] = lambda: None
     iterations: Sequence[Iteration] = ()
     recording: Recording | None = None
+    batch: int = 0
     why_updates: str | None = None
     why_unrecorded: str | None = None
 
@@ -98,6 +100,11 @@ class Executor:
             self.graphs = Graphs(CudaRecorder(device), state, device)
         self._variants: dict[Hashable, Variant] = {}
 
+    @property
+    def variants(self) -> list[Variant]:
+        """Those in use, in the order in which they came up."""
+        return list(self._variants.values())
+
     def clear(self) -> None:
         """Forget all variants: what they were made of has changed."""
         self._variants.clear()
@@ -130,10 +137,12 @@ class Executor:
                     variant.recording = found
         return self._variants[key]
 
-    @staticmethod
-    def _make(lay_out: Callable[[], Sequence[Iteration]], updates: Callable[[], Variant]) -> Variant:
+    def _make(self, lay_out: Callable[[], Sequence[Iteration]], updates: Callable[[], Variant]) -> Variant:
         try:
             made = lay_out()
+            if self.kind == "dependent":
+                for iteration in set(made):
+                    iteration.make_dependent()
         except LookupError as e:
             variant = updates()
             variant.why_updates = str(e)
@@ -143,7 +152,7 @@ class Executor:
             for iteration in made:
                 iteration.run()
 
-        return Variant(real=made[0].real, fake=made[0].fake, body=body, iterations=made)
+        return Variant(real=made[0].real, fake=made[0].fake, body=body, iterations=made, batch=made[0].batch)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("an executor holds addresses: the engine makes its own")

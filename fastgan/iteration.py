@@ -13,7 +13,7 @@ forward pass of the generator.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -120,6 +120,15 @@ class Iteration:
             self._discriminator(phases, joint, own_slot=own, last=last and generator is None)
         if generator is not None:
             self._generator(generator, joint, compares)
+
+    def make_dependent(self) -> None:
+        """Let each kernel be launched before the one before it has ended: it waits on the device."""
+        from fastgan.kernels._launch import Launch
+
+        self.calls = [
+            replace(call, arguments={**call.arguments, "DEPENDENT": True}) if isinstance(call, Launch) else call
+            for call in self.calls
+        ]
 
     @property
     def repeats(self) -> bool:
