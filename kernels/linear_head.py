@@ -359,8 +359,6 @@ def launches(dtype: torch.dtype) -> list[Launch]:
                     mask_slope=0.2, precision="tf32", tile=tile)
         for tile in configs.shipped("linear_head", dtype)
     ]  # fmt: skip
-    wide_operands = dtype in (torch.float32, torch.float64)  # the losses are computed in the type of the sums
-    kinds = KINDS if wide_operands else ("non-saturating", "relativistic")
     losses = KINDS if dtype == torch.float32 else KINDS[-1:]  # rows and losses are fp32 in lower precision too
     alone = [head_launch(hidden, head(kind, player), adjoint) for kind in losses for player in PLAYERS]
     if dtype == torch.float32:
