@@ -68,8 +68,9 @@ class Engine:
         g_optimizer: :class:`Adam`, :class:`AdamW`, or a ``torch.optim`` optimiser over the same parameters.
         d_optimizer: the same for the discriminator.
         ema: of the generator: ``None``, a decay, or :class:`EMA`.
-        precision: ``"auto"`` is bf16 on GPUs that have it and fp32 elsewhere. Penalties are always fp32. Modules in
-            float64 train in float64 whatever is asked for.
+        precision: ``"auto"`` is bf16 on GPUs that have it and fp32 elsewhere. Sums, norms, losses, optimisers and
+            averages are fp32 at least. Penalties are fp32 in PyTorch ops; in kernels their products take the operands
+            of all others. Modules in float64 train in float64 whatever is asked for.
         backend: ``"auto"`` runs closed forms on Triton kernels on a GPU, and in PyTorch ops with native code between
             them on a CPU; ``"reference"`` runs PyTorch ops; ``"triton"`` runs kernels (on a CPU in Triton's
             interpreter) and never falls back.
@@ -538,7 +539,7 @@ class Engine:
         due = [tuple(tuple(self._due(i * self.n_critic + k)) for k in range(self.n_critic)) for i in range(iterations)]
         self._feed = feed if feed is not None else self._feed
         variant = self._executor.find(
-            (batch, labelled, tuple(due), feed), lambda: self._lay_out(batch, due, feed),
+            (batch, labelled, tuple(due), feed, self._rates()), lambda: self._lay_out(batch, due, feed),
             lambda: self._updates_one_by_one(batch, due, labelled, feed), self._why_unrecorded(),
         )  # fmt: skip
         self._say_why(variant)
@@ -613,6 +614,12 @@ class Engine:
 
         variant.body = body
         return variant
+
+    def _rates(self) -> tuple[object, ...]:
+        """Learning rates of the user's optimisers, which a recording holds as they are; tensors are read anew."""
+        optimizers = [u.optimizer for u in (self._g, self._d) if u is not None and u.optimizer is not None]
+        rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        return tuple(id(lr) if isinstance(lr, torch.Tensor) else lr for lr in rates)
 
     def _why_unrecorded(self) -> str | None:
         """Why updates that run one by one cannot be recorded, as far as is known beforehand."""
@@ -1124,9 +1131,9 @@ class Engine:
                 penalty.copy_(saved)
             self._loss_scale.scale.copy_(state["loss_scale"]["scale"])
             self._loss_scale.good_steps.copy_(state["loss_scale"]["good_steps"])
-        self.seed = int(state["seed"])
-        if self._executor is not None:
+        if self._executor is not None and self.seed != int(state["seed"]):
             self._executor.clear()  # launches hold the seed
+        self.seed = int(state["seed"])
         torch.set_rng_state(state["torch_rng"]["cpu"].cpu())
         if self.device.type == "cuda" and "cuda" in state["torch_rng"]:
             torch.cuda.set_rng_state(state["torch_rng"]["cuda"].cpu(), self.device)

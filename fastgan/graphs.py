@@ -188,11 +188,12 @@ class Graphs:
 
     def _make(self, body: Body) -> Recording | str:
         with self._as_it_was(), self.recorder.beside():
+            body()  # what is made once, such as plans, may take numbers from the host
             with Watch() as watch:
                 body()
             if watch.found:
                 return "; ".join(watch.found)
-            for _ in range(_WARM_UPS - 1):
+            for _ in range(_WARM_UPS - 2):
                 body()
         try:
             return self.recorder.record(body)

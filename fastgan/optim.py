@@ -429,7 +429,10 @@ def _torchs(rule: Adam, params: Sequence[nn.Parameter]) -> torch.optim.Optimizer
         device = params[0].device
         rate = torch.tensor(rate, device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
     kind = torch.optim.AdamW if rule.decoupled else torch.optim.Adam
-    return kind(params, lr=rate, betas=rule.betas, eps=rule.eps, weight_decay=rule.weight_decay, fused=True)
+    return kind(
+        params, lr=rate, betas=rule.betas, eps=rule.eps, weight_decay=rule.weight_decay, fused=True,
+        capturable=params[0].device.type == "cuda",
+    )  # fmt: skip
 
 
 def _tensors(optimizer: torch.optim.Optimizer, p: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -437,9 +440,17 @@ def _tensors(optimizer: torch.optim.Optimizer, p: torch.Tensor) -> dict[str, tor
 
 
 def _use_fused(optimizer: torch.optim.Adam) -> None:
-    """Switch a user's Adam to torch's fused kernels: the same mathematics, with a guard that needs no read-back."""
+    """Switch a user's Adam to torch's fused kernels: the same mathematics, with a guard that needs no read-back.
+
+    On a GPU it can be recorded in a graph then, and its rate is a tensor, which torch's schedulers write in place.
+    """
     for group in optimizer.param_groups:
         group["fused"], group["foreach"] = True, False
+        device = group["params"][0].device
+        if device.type == "cuda":
+            group["capturable"] = True
+            if not isinstance(group["lr"], torch.Tensor):
+                group["lr"] = torch.tensor(float(group["lr"]), device=device)
         for p in group["params"]:
             state = optimizer.state.get(p)
             if state and "step" in state:

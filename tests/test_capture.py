@@ -159,6 +159,18 @@ def test_a_changed_network_is_recorded_anew() -> None:
     assert [r.replays for r in recordings(e)] == [2]
 
 
+def test_a_rate_that_the_user_sets_is_recorded_anew() -> None:
+    case = Case(user=lambda p: torch.optim.Adam(p, lr=3e-3, fused=True))
+    eager, e = (with_executor(case, kind) for kind in ("eager", "graph"))
+    for one in (eager, e):
+        for i in range(4):
+            if i == 2:
+                one.d_optimizer.param_groups[0]["lr"] = 1e-2
+            one.step(case.batch(one, i))
+    assert differing(results(eager), results(e)) == []
+    assert [r.replays for r in recordings(e)] == [2, 2]
+
+
 def test_more_variants_than_are_kept_run_as_they_are() -> None:
     e = with_executor(CASES["vanilla"], "graph")
     for rows in range(2, 21):
