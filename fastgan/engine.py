@@ -192,6 +192,7 @@ class Engine:
         self._executor: Executor | None = None
         self._feed: ResidentFeed | None = None  # the last one that iterations have drawn from
         self._readings = 0
+        self._restless: str | None = None  # why no update that runs through a network's own forward is recorded
         self._said: set[object] = set()
 
     # ---- set-up
@@ -225,7 +226,8 @@ class Engine:
             return "fp64"
         if asked != "auto":
             return asked
-        return "bf16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        has_bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "fp32"
 
     def _probe_generator(self) -> torch.Tensor:
         """A few samples in evaluation mode: the networks fit together if the discriminator takes them."""
@@ -529,6 +531,9 @@ class Engine:
         """How the next iterations run."""
         self.batch = batch
         self._attach()
+        for updater in (self._d, self._g):
+            if updater is not None:
+                updater.take_rates()
         planner = self._plans()
         planner.refresh()
         if self._executor is None or self._readings != planner.readings:
@@ -539,9 +544,14 @@ class Engine:
         due = [tuple(tuple(self._due(i * self.n_critic + k)) for k in range(self.n_critic)) for i in range(iterations)]
         self._feed = feed if feed is not None else self._feed
         variant = self._executor.find(
-            (batch, labelled, tuple(due), feed, self._rates()), lambda: self._lay_out(batch, due, feed),
+            (batch, labelled, tuple(due), feed, self._settings()), lambda: self._lay_out(batch, due, feed),
             lambda: self._updates_one_by_one(batch, due, labelled, feed), self._why_unrecorded(),
         )  # fmt: skip
+        if not variant.iterations and variant.recording is not None:
+            variant.kept = planner.held(batch)
+            if planner.changed():
+                self._restless = "a network changes attributes of its own in every pass: a graph would not"
+                variant.recording, variant.why_unrecorded = None, self._restless
         self._say_why(variant)
         return variant
 
@@ -550,7 +560,7 @@ class Engine:
         updaters = [u for u in (self._d, self._g) if u is not None]
         for updater in updaters:
             updater.refresh()
-        if not variant.iterations or self._arithmetic.is_set(self._products):
+        if variant.recording is not None or not variant.iterations or self._arithmetic.is_set(self._products):
             variant.run(times)
         else:
             with self._arithmetic.matmul(self._products):
@@ -558,6 +568,9 @@ class Engine:
         for iteration in variant.iterations[-1:]:
             for updater, active in iteration.active.items():
                 updater.noted(active)
+        if not variant.iterations and variant.recording is not None:
+            for updater in updaters:
+                updater.noted()
         updates = times * iterations * self.n_critic
         self.d_updates += updates
         self.images += updates * batch
@@ -615,14 +628,17 @@ class Engine:
         variant.body = body
         return variant
 
-    def _rates(self) -> tuple[object, ...]:
-        """Learning rates of the user's optimisers, which a recording holds as they are; tensors are read anew."""
+    def _settings(self) -> tuple[object, ...]:
+        """Numbers of the user's optimisers that a recording holds as they are, all but the rates, which are tensors."""
         optimizers = [u.optimizer for u in (self._g, self._d) if u is not None and u.optimizer is not None]
-        rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-        return tuple(id(lr) if isinstance(lr, torch.Tensor) else lr for lr in rates)
+        kinds = (bool, int, float, tuple)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        return tuple((k, v) for group in groups for k, v in group.items() if isinstance(v, kinds) and k != "lr")
 
     def _why_unrecorded(self) -> str | None:
         """Why updates that run one by one cannot be recorded, as far as is known beforehand."""
+        if self._restless is not None:
+            return self._restless
         if not isinstance(self.latent, int):
             return "latent is a function of yours, which runs on the host"
         for updater, name in ((self._d, "d_optimizer"), (self._g, "g_optimizer")):
@@ -645,8 +661,10 @@ class Engine:
         """All memory that an iteration changes and that outlives it."""
         updaters = [u for u in (self._g, self._d) if u is not None]
         networks = [n for n in (self.generator, self.discriminator, self.generator_ema) if n is not None]
-        tensors = [t for t in tree_leaves(self.state_dict()) if isinstance(t, torch.Tensor) and t.device == self.device]
+        tensors = [t for t in tree_leaves(self.state_dict()) if isinstance(t, torch.Tensor)]
         tensors += [b for n in networks for b in n.buffers()]
+        tensors += [t for n in networks for m in n.modules() for t in vars(m).values() if isinstance(t, torch.Tensor)]
+        tensors = [t for t in tensors if t.device.type == self.device.type]
         tensors += [u.arena.grad for u in updaters if u.arena is not None]
         tensors += [u.arena.low for u in updaters if u.arena is not None and u.arena.has_low]
         counters = [self._d_count, self._g_count, self._image_count, self._averaged]
@@ -1131,8 +1149,9 @@ class Engine:
                 penalty.copy_(saved)
             self._loss_scale.scale.copy_(state["loss_scale"]["scale"])
             self._loss_scale.good_steps.copy_(state["loss_scale"]["good_steps"])
-        if self._executor is not None and self.seed != int(state["seed"]):
-            self._executor.clear()  # launches hold the seed
+        theirs = any(u.optimizer is not None for u in (self._g, self._d) if u is not None)
+        if self._executor is not None and (theirs or self.seed != int(state["seed"])):
+            self._executor.clear()  # launches hold the seed, and recordings the state of a torch optimiser
         self.seed = int(state["seed"])
         torch.set_rng_state(state["torch_rng"]["cpu"].cpu())
         if self.device.type == "cuda" and "cuda" in state["torch_rng"]:
@@ -1149,7 +1168,7 @@ _COUNTERS = ("d_updates", "g_updates", "images", "samples", "batch")
 
 def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return _current_gpu() if torch.cuda.is_available() else torch.device("cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -1158,7 +1177,12 @@ def _device(device: str | torch.device) -> torch.device:
         raise InputError(f"Engine: device is {device!r}, expected 'auto', 'cpu' or 'cuda'")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"Engine: device is {device!r}, but no CUDA device is available")
-    return chosen
+    return chosen if chosen.type == "cpu" or chosen.index is not None else _current_gpu()
+
+
+def _current_gpu() -> torch.device:
+    """With its number, as tensors have it."""
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @contextlib.contextmanager

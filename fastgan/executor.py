@@ -20,6 +20,7 @@ from fastgan.iteration import Iteration
 Tensor = torch.Tensor
 Kind = Literal["auto", "eager", "graph", "dependent", "persistent"]
 KINDS = ("auto", "eager", "graph", "dependent", "persistent")
+_UNRECORDED = 8  # variants that are kept besides those with a graph
 
 
 def choose(kind: str, device: torch.device, kernels: bool) -> str:
@@ -51,6 +52,7 @@ class Variant:
         iterations: lists of launches, run one after another; none where updates run one by one.
         recording: the graph, or ``None``.
         batch: samples of an update.
+        kept: what the recording works on and nothing else may hold.
         why_updates: why it is not a list of launches.
         why_unrecorded: why there is no graph.
     """
@@ -62,6 +64,7 @@ class Variant:
     iterations: Sequence[Iteration] = ()
     recording: Recording | None = None
     batch: int = 0
+    kept: Sequence[object] = ()
     why_updates: str | None = None
     why_unrecorded: str | None = None
 
@@ -124,6 +127,9 @@ class Executor:
             obstacle: why it cannot be recorded as far as is known without trying, or ``None``.
         """
         if key not in self._variants:
+            unrecorded = [k for k, v in self._variants.items() if v.recording is None]
+            for old in unrecorded[: len(unrecorded) - _UNRECORDED + 1]:
+                del self._variants[old]
             self._variants[key] = variant = self._make(lay_out, updates)
             if self.graphs is None:
                 variant.why_unrecorded = f"executor is {self.kind!r}"

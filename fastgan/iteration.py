@@ -122,12 +122,15 @@ class Iteration:
             self._generator(generator, joint, compares)
 
     def make_dependent(self) -> None:
-        """Let each kernel be launched before the one before it has ended: it waits on the device."""
+        """Let each kernel that follows another be launched before that one has ended: it waits on the device."""
         from fastgan.kernels._launch import Launch
 
+        calls = self.calls
         self.calls = [
-            replace(call, arguments={**call.arguments, "DEPENDENT": True}) if isinstance(call, Launch) else call
-            for call in self.calls
+            replace(call, arguments={**call.arguments, "DEPENDENT": True})
+            if isinstance(call, Launch) and i and isinstance(calls[i - 1], Launch)
+            else call
+            for i, call in enumerate(calls)
         ]
 
     @property

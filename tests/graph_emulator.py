@@ -160,6 +160,9 @@ class Recorder:
     def beside(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
+    def forget(self) -> None:
+        pass
+
     def record(self, body: Callable[[], None]) -> Recording:
         with self.undone(), EmulatedGraph() as graph:
             body()
