@@ -21,24 +21,25 @@ _SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer", "/op
 
 
 def validate(context: Context) -> None:
-    """``fastgan validate``, a process for each op and dtype and each pair: most of the time goes into compilation."""
+    """``fastgan validate``, in processes beside each other: most of the time goes into compilation."""
     from fastgan import validate
     from fastgan.validate import DTYPES
 
     if context.device.type == "cuda":
         from fastgan.kernels import SPECS
 
-        jobs = [(s.name, name) for s in SPECS for name, dtype in DTYPES.items() if dtype in s.dtypes]
-        jobs += [(pair.name, "") for pair in validate.pairs()]
+        halves = (("fp32", "fp16"), ("bf16", "fp64"))  # each with one that takes long to compile
+        jobs = [(s.name, half) for s in SPECS for half in halves if any(DTYPES[d] in s.dtypes for d in half)]
+        jobs += [(pair.name, tuple(DTYPES)) for pair in validate.pairs()]
     else:
-        jobs = [("bias_lrelu", "fp32"), ("wgan-gp", "fp32")] if context.tiny else [("", "")]
+        jobs = [("bias_lrelu", ("fp32",)), ("relativistic", ("fp32",))] if context.tiny else [("", ())]
     workers = 2 if context.device.type == "cpu" else max(2, min(12, len(os.sched_getaffinity(0)) - 2))
     rows: list[dict[str, Any]] = []
     unfinished: list[str] = []
     with ThreadPoolExecutor(workers) as pool:
         for job, report in zip(jobs, pool.map(lambda job: validated(*job, context), jobs), strict=True):
             if report is None:
-                unfinished.append(" ".join(job).strip())
+                unfinished.append(" ".join((job[0], *job[1])).strip())
                 continue
             rows += report.pop("rows")
             for key in ("schema", "conditions", "criterion"):
@@ -55,10 +56,12 @@ def validate(context: Context) -> None:
         context.put("result", {"failed": [*failed, *(f"{job}: no report" for job in unfinished)]})
 
 
-def validated(name: str, dtype: str, context: Context) -> dict[str, Any] | None:
+def validated(name: str, dtypes: Sequence[str], context: Context) -> dict[str, Any] | None:
     """The report of one call; ``None`` where it gave none in time."""
     command = [sys.executable, "-m", "fastgan", "validate", "--json", "--quiet", "--device", context.device.type]
-    command += ["--op", name] * bool(name) + ["--dtype", dtype] * bool(dtype)
+    command += ["--op", name] * bool(name)
+    for dtype in dtypes:
+        command += ["--dtype", dtype]
     try:
         run = subprocess.run(command, cwd=TREE, capture_output=True, text=True, timeout=max(5.0, context.left() - 3))
     except subprocess.TimeoutExpired:

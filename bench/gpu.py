@@ -7,7 +7,8 @@ and has a time of its own: one that fails, crashes or hangs is recorded, and the
 ``results.json`` in the folder (by default ``bench/results/<gpu>/``), which is written after every part of a section;
 what the sections print goes to ``log.txt`` beside it. A short summary is printed last.
 
-Without a GPU the sections that need one say so; ``--tiny`` then shows in a minute that the others run.
+Without a GPU the sections that need one say so; ``--tiny`` then shows in a minute that the others run. What a short
+time cuts off can be run again alone: ``--sections tune,sanitizer --seconds 500``; the other sections' results stay.
 """
 
 from __future__ import annotations
@@ -28,17 +29,18 @@ from bench.sections import NO_CUDA, Results, Section, run_apart, run_here
 
 SCHEMA = 1
 SECTIONS: dict[str, Section] = {  # in this order: what matters most first, so that it is there when the time is over
-    "environment": Section(machine.environment, 30),
-    "ceilings": Section(ceilings.ceilings, 45),
-    "validate": Section(checks.validate, 110),
-    "rows": Section(rows.rows, 110),
-    "drift": Section(rows.drift, 60),
-    "kernels": Section(rows.kernels, 40, cuda=True),
-    "compiled": Section(rows.compiled, 120, cuda=True),
-    "memory": Section(rows.memory, 30, cuda=True),
-    "tests": Section(checks.tests, 80),
-    "tune": Section(tune.tune, 100, cuda=True),
-    "sanitizer": Section(checks.sanitizer, 60, cuda=True),
+    "environment": Section(machine.environment, 20),
+    "compilation": Section(rows.compilation, 60, cuda=True),
+    "ceilings": Section(ceilings.ceilings, 35),
+    "validate": Section(checks.validate, 90),
+    "rows": Section(rows.rows, 120),
+    "drift": Section(rows.drift, 50),
+    "kernels": Section(rows.kernels, 30, cuda=True),
+    "compiled": Section(rows.compiled, 75, cuda=True),
+    "memory": Section(rows.memory, 20, cuda=True),
+    "tune": Section(tune.tune, 60, cuda=True),
+    "tests": Section(checks.tests, 60),
+    "sanitizer": Section(checks.sanitizer, 40, cuda=True),
 }
 BUDGET_S = 560.0
 MOST_CHARACTERS = 11_500
@@ -55,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sections", default=",".join(SECTIONS), help="which, in order (default: all)")
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that everything runs")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help=f"seconds in all (default: {BUDGET_S:.0f})")
+    parser.add_argument("--seconds", type=float, help="the most for each section, instead of its own")
     parser.add_argument("--in-process", action="store_true", help="no process for each section, to debug one")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -71,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     result = results.load()
     results.save({"schema": SCHEMA, "device": machine.slug(device), "tiny": args.tiny, **begun(result, names)})
     for name in names:
-        seconds = min(SECTIONS[name].seconds, args.budget - (time.monotonic() - begin))
+        seconds = min(args.seconds or SECTIONS[name].seconds, args.budget - (time.monotonic() - begin))
         why = NO_CUDA if SECTIONS[name].cuda and device.type != "cuda" else "no time left" if seconds < 10 else None
         if why is not None:
             results.set(name, status=(status := "skipped"), reason=why)

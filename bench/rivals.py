@@ -70,14 +70,9 @@ class Setting:
         ]  # fmt: skip
 
     def reduced(self) -> Any:
-        """The precision of everything but penalties."""
+        """The precision of the networks, penalties included, as where autocast is written around the whole loss."""
         dtype = AUTOCAST.get(self.precision)
         return torch.autocast(self.device.type, dtype) if dtype is not None else contextlib.nullcontext()
-
-    def full(self) -> Any:
-        """The precision of penalties."""
-        on = self.precision in AUTOCAST
-        return torch.autocast(self.device.type, enabled=False) if on else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def products(self) -> Iterator[None]:
@@ -131,22 +126,21 @@ def _as_written(s: Setting, g: nn.Module, d: nn.Module, **options: Any) -> _Upda
     work = s.work
     g_opt, d_opt = (torch.optim.Adam(net.parameters(), LR, work.kind.betas, **options) for net in (g, d))
 
-    def full_slope(_: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # penalties are in full precision
-        with s.full():
-            return slope(d, x)
+    def critic(x: torch.Tensor) -> torch.Tensor:
+        return d(x).float()
 
     def d_update(z: torch.Tensor, alpha: torch.Tensor) -> None:
         d_opt.zero_grad()
         with s.reduced():
             fake = g(z).detach().float() if s.fake is None else s.fake
-            loss = work.kind.d_loss(lambda x: d(x).float(), full_slope, s.real, fake, alpha, work.weight)
+            loss = work.kind.d_loss(critic, slope, s.real, fake, alpha, work.weight)
         loss.backward()
         d_opt.step()
 
     def g_update(z: torch.Tensor) -> None:
         g_opt.zero_grad()
         with s.reduced():
-            loss = work.kind.g_loss(lambda x: d(x).float(), s.real, g(z).float())
+            loss = work.kind.g_loss(critic, s.real, g(z).float())
         loss.backward()
         g_opt.step()
 
@@ -168,12 +162,8 @@ def _as_compiled(s: Setting, g: nn.Module, d: nn.Module, compile_options: dict[s
             fake = call(g, g_params, z) if s.fake is None else s.fake
 
         def loss(params: dict[str, torch.Tensor]) -> torch.Tensor:
-            def full_slope(_: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                with s.full():
-                    return slope_by_func(lambda x: functional_call(d, params, (x,)), x)
-
             with s.reduced():
-                return kind.d_loss(lambda x: call(d, params, x), full_slope, s.real, fake, alpha, work.weight)
+                return kind.d_loss(lambda x: call(d, params, x), slope_by_func, s.real, fake, alpha, work.weight)
 
         return torch.func.grad(loss)(d_params).values()
 
@@ -348,15 +338,22 @@ def hand_written(device: torch.device) -> dict[str, Callable[[Setting], Way]]:
     return ways
 
 
+def natively(s: Setting, executor: str, calls: int = 1) -> Way:
+    """The engine on Triton kernels, where they are compiled."""
+    if s.device.type != "cuda":
+        raise Skip("kernels are timed on a GPU: the speed of Triton's interpreter says nothing")
+    return by_engine(s, executor=executor, backend="triton", calls=calls)
+
+
 ENGINE: dict[str, Callable[[Setting], Way]] = {
     "engine autograd": partial(by_engine, closed_form=False),
     "engine reference": by_engine,
     "engine reference graph": partial(by_engine, executor="graph"),
-    "engine kernels": partial(by_engine, backend="triton"),
-    "engine graph": partial(by_engine, backend="triton", executor="graph"),
-    "engine graph, 20 a call": partial(by_engine, backend="triton", executor="graph", calls=20),
-    "engine dependent": partial(by_engine, backend="triton", executor="dependent"),
-    "engine persistent": partial(by_engine, backend="triton", executor="persistent"),
+    "engine kernels": partial(natively, executor="eager"),
+    "engine graph": partial(natively, executor="graph"),
+    "engine graph, 20 a call": partial(natively, executor="graph", calls=20),
+    "engine dependent": partial(natively, executor="dependent"),
+    "engine persistent": partial(natively, executor="persistent"),
 }
 
 

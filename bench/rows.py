@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +20,7 @@ from bench import bench_memory, machine, rivals
 from bench.bench_closed_form import PLAIN, WGAN_GP, Kind, Networks, Work, gflop, multiply_adds, vanilla
 from bench.conditions import conditions
 from bench.rivals import Setting, Way
-from bench.sections import Context, Skip
+from bench.sections import Context, Skip, last_line
 from bench.timing import BLOCK_S, interleaved, wait
 
 WGAN = dataclasses.replace(WGAN_GP, autograd=PLAIN.autograd, closed=PLAIN.closed)  # no penalty: other products
@@ -38,6 +43,7 @@ KINDS = {
     "wgan-gp iteration": Update(WGAN_GP, 10.0, whole=True),
     "wgan-gp iteration, n_critic 5": Update(WGAN_GP, 10.0, whole=True, n_critic=5),
 }
+MAIN = "vanilla iteration", "wgan-gp critic", "wgan critic"  # measured at every batch size
 OVERHEAD = "wgan-gp critic", "wgan critic"  # with the penalty, and without
 CRITICS = "wgan-gp iteration, n_critic 5", "wgan-gp iteration"  # differ by four updates of the critic with their fakes
 PRECISIONS = ("fp32", "bf16")
@@ -61,6 +67,46 @@ def setting(context: Context, name: str, batch: int, precision: str) -> Setting:
     return Setting.of(work, context.device, precision, update.n_critic)
 
 
+# ---- compilation
+
+
+def compilation(context: Context) -> None:
+    """Fill Triton's cache with what the engine's rows need: a process for each batch, precision and executor."""
+    jobs = [
+        (str(batch), precision, label)
+        for label in ("engine graph", "engine dependent", "engine persistent")
+        for precision in PRECISIONS
+        for batch in batches(context)
+    ]
+    workers = max(2, len(os.sched_getaffinity(0)) - 1)
+    with ThreadPoolExecutor(workers) as pool:
+        for job, said in zip(jobs, pool.map(partial(_compiled, context), jobs), strict=True):
+            context.put(", ".join(job), said)
+
+
+def _compiled(context: Context, job: Sequence[str]) -> dict[str, Any]:
+    begin = time.monotonic()
+    command = [sys.executable, "-m", "bench.rows", *job]
+    try:
+        run = subprocess.run(command, cwd=Path(__file__).parents[1], timeout=max(1.0, context.left()))
+        said = f"exit code {run.returncode}"
+    except subprocess.TimeoutExpired:
+        said = "out of time: the rest is compiled where it is needed"
+    return {"said": said, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def compile_one(batch: int, precision: str, label: str) -> None:
+    """Run a way once in every kind of update."""
+    device = torch.device("cuda", 0)
+    context = Context(device, False, float("inf"))
+    for name in KINDS if batch == batches(context)[0] else MAIN:
+        try:
+            rivals.ENGINE[label](setting(context, name, batch, precision)).run()
+        except Exception as e:  # the rows say why a way does not work
+            print(f"{name}: {last_line(e)}", flush=True)
+    wait(device)
+
+
 # ---- time
 
 
@@ -70,8 +116,10 @@ def rows(context: Context) -> None:
     for batch in batches(context):
         for precision in PRECISIONS:
             if context.left() < 15:
-                raise Skip("out of time")
-            context.part(f"batch {batch}, {precision}", partial(measured, context, batch, precision, KINDS, ways))
+                context.put("ended early", f"out of time at batch {batch}, {precision}")
+                return
+            kinds = [name for name in KINDS if batch == batches(context)[0] or name in MAIN]
+            context.part(f"batch {batch}, {precision}", partial(measured, context, batch, precision, kinds, ways))
 
 
 def compiled(context: Context) -> None:
@@ -247,10 +295,10 @@ def drift(context: Context) -> None:
     """Each executor against eager launches of the same backend, over many iterations of the same noise."""
     steps = 20 if context.tiny else 10_000
     pairs = {
-        "reference graph": ("engine reference graph", "engine reference"),
         "kernels graph": ("engine graph", "engine kernels"),
         "kernels dependent": ("engine dependent", "engine kernels"),
         "kernels persistent": ("engine persistent", "engine kernels"),
+        "reference graph": ("engine reference graph", "engine reference"),
         "twice the same": ("engine reference", "engine reference"),
     }
     for name, (a, b) in pairs.items():
@@ -294,7 +342,7 @@ def apart(context: Context, a: Callable[..., Way], b: Callable[..., Way], steps:
 
 
 def memory(context: Context) -> None:
-    """Peak of a critic update of 784-1024-1024-1024-1 at batch 4096 by way, beyond networks and batch."""
+    """Peak of a critic update of 784-1024-1024-1024-1 at batch 4096 by way, networks and optimiser included."""
     ways = rivals.hand_written(context.device) | rivals.ENGINE
     ways = {label: make for label, make in ways.items() if not label.endswith(("again", "a call"))}
     for precision in PRECISIONS:
@@ -303,7 +351,7 @@ def memory(context: Context) -> None:
 
 
 def peak(context: Context, make: Callable[[Setting], Way], precision: str) -> dict[str, float]:
-    """Bytes by torch's allocator: the most that lives, less what lived once networks and batch were there."""
+    """Bytes by torch's allocator: the most that lives in three updates, less the batch."""
     import fastgan
 
     def networks() -> Networks:
@@ -323,3 +371,7 @@ def peak(context: Context, make: Callable[[Setting], Way], precision: str) -> di
     wait(context.device)
     held = torch.cuda.max_memory_allocated() - before
     return {"peak_bytes": held, "in_layers": held / bench_memory.UNIT, "reserved_bytes": torch.cuda.memory_reserved()}
+
+
+if __name__ == "__main__":
+    compile_one(int(sys.argv[1]), *sys.argv[2:])

@@ -175,7 +175,7 @@ def weight_gradient(m: int, n: int, k: int, o: Operands) -> Problem:
         torch.sum(u, 0, out=column)
 
     def build(tile: Config) -> list[Any]:
-        squares = torch.empty(programs_of([layer], tile), dtype=torch.float64, device=o.device)
+        squares = torch.empty(programs_of([layer], tile=tile), dtype=torch.float64, device=o.device)
         return [weight_gradient_launch([layer], squares=squares, precision=o.precision, tile=tile)]
 
     def formula(u: Tensor, x: Tensor) -> list[Tensor]:

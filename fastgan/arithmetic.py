@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -47,14 +48,15 @@ class Arithmetic:
         if self.is_set(kind):
             yield
             return
-        before = torch.get_float32_matmul_precision()
+        cudnn: Any = torch.backends.cudnn  # whose flags() would turn it off
+        before, allowed = torch.get_float32_matmul_precision(), cudnn.allow_tf32
         torch.set_float32_matmul_precision(kind)
-        on_gpu = self.device.type == "cuda"
+        cudnn.allow_tf32 = kind == "high"
         try:
-            with torch.backends.cudnn.flags(allow_tf32=kind == "high") if on_gpu else contextlib.nullcontext():
-                yield
+            yield
         finally:
             torch.set_float32_matmul_precision(before)
+            cudnn.allow_tf32 = allowed
 
     @contextlib.contextmanager
     def reduced(self) -> Iterator[None]:

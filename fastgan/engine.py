@@ -68,8 +68,9 @@ class Engine:
         g_optimizer: :class:`Adam`, :class:`AdamW`, or a ``torch.optim`` optimiser over the same parameters.
         d_optimizer: the same for the discriminator.
         ema: of the generator: ``None``, a decay, or :class:`EMA`.
-        precision: ``"auto"`` is bf16 on GPUs that have it and fp32 elsewhere. Penalties are always fp32. Modules in
-            float64 train in float64 whatever is asked for.
+        precision: ``"auto"`` is bf16 on GPUs that have it and fp32 elsewhere. Sums, norms, losses, optimisers and
+            averages are fp32 at least. Penalties are fp32 in PyTorch ops; in kernels their products take the operands
+            of all others. Modules in float64 train in float64 whatever is asked for.
         backend: ``"auto"`` runs closed forms on Triton kernels on a GPU, and in PyTorch ops with native code between
             them on a CPU; ``"reference"`` runs PyTorch ops; ``"triton"`` runs kernels (on a CPU in Triton's
             interpreter) and never falls back.
@@ -178,6 +179,7 @@ class Engine:
         self._point_at_figures()
         rows = torch.full((_HISTORY, n_figures), math.nan, dtype=self.dtype, device=self.device)
         self._ring = Ring(self._figures, rows, torch.zeros((), dtype=torch.int64, device=self.device))
+        self._row = torch.zeros((), dtype=torch.int64, device=self.device)
         self._loss_scale = LossScale.on(self.device)
         self._warn_of_mixed_rows()
         self._autograd = Autograd(
@@ -190,6 +192,7 @@ class Engine:
         self._executor: Executor | None = None
         self._feed: ResidentFeed | None = None  # the last one that iterations have drawn from
         self._readings = 0
+        self._restless: str | None = None  # why no update that runs through a network's own forward is recorded
         self._said: set[object] = set()
 
     # ---- set-up
@@ -223,7 +226,8 @@ class Engine:
             return "fp64"
         if asked != "auto":
             return asked
-        return "bf16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        has_bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "fp32"
 
     def _probe_generator(self) -> torch.Tensor:
         """A few samples in evaluation mode: the networks fit together if the discriminator takes them."""
@@ -418,6 +422,14 @@ class Engine:
             self.d_step(x, labels=y, fake=f)
         if self.generator is not None:
             self.g_step(real=x if self.loss.compares else None, labels=y)
+        self._remember()
+
+    def _remember(self) -> None:
+        """Put the figures into the ring."""
+        ring = self._ring
+        torch.remainder(ring.slot, len(ring.rows), out=self._row)
+        ring.rows.index_copy_(0, self._row.view(1), ring.values.view(1, -1))
+        ring.slot.add_(1)
 
     def run(self, feed: Iterator[Batch], iterations: int) -> None:
         """Many iterations; on a feed that lies on the GPU several of them are one replay of a graph.
@@ -519,6 +531,9 @@ class Engine:
         """How the next iterations run."""
         self.batch = batch
         self._attach()
+        for updater in (self._d, self._g):
+            if updater is not None:
+                updater.take_rates()
         planner = self._plans()
         planner.refresh()
         if self._executor is None or self._readings != planner.readings:
@@ -529,9 +544,14 @@ class Engine:
         due = [tuple(tuple(self._due(i * self.n_critic + k)) for k in range(self.n_critic)) for i in range(iterations)]
         self._feed = feed if feed is not None else self._feed
         variant = self._executor.find(
-            (batch, labelled, tuple(due), feed), lambda: self._lay_out(batch, due, feed),
+            (batch, labelled, tuple(due), feed, self._settings()), lambda: self._lay_out(batch, due, feed),
             lambda: self._updates_one_by_one(batch, due, labelled, feed), self._why_unrecorded(),
         )  # fmt: skip
+        if not variant.iterations and variant.recording is not None:
+            variant.kept = planner.held(batch)
+            if planner.changed():
+                self._restless = "a network changes attributes of its own in every pass: a graph would not"
+                variant.recording, variant.why_unrecorded = None, self._restless
         self._say_why(variant)
         return variant
 
@@ -540,7 +560,7 @@ class Engine:
         updaters = [u for u in (self._d, self._g) if u is not None]
         for updater in updaters:
             updater.refresh()
-        if not variant.iterations or self._arithmetic.is_set(self._products):
+        if variant.recording is not None or not variant.iterations or self._arithmetic.is_set(self._products):
             variant.run(times)
         else:
             with self._arithmetic.matmul(self._products):
@@ -548,6 +568,9 @@ class Engine:
         for iteration in variant.iterations[-1:]:
             for updater, active in iteration.active.items():
                 updater.noted(active)
+        if not variant.iterations and variant.recording is not None:
+            for updater in updaters:
+                updater.noted()
         updates = times * iterations * self.n_critic
         self.d_updates += updates
         self.images += updates * batch
@@ -582,7 +605,7 @@ class Engine:
         self, batch: int, due: Sequence[tuple[tuple[Phase, ...], ...]], labelled: bool, feed: ResidentFeed | None
     ) -> Variant:
         """Iterations as the updates that :meth:`d_step` and :meth:`g_step` make, over static inputs."""
-        variant, shape = Variant(), (batch, *(self.sample_shape or ()))
+        variant, shape = Variant(batch=batch), (batch, *(self.sample_shape or ()))
         for _ in due[0]:
             variant.real.append(torch.zeros(shape, dtype=self.dtype, device=self.device))
             if labelled:
@@ -600,12 +623,22 @@ class Engine:
                 if self.generator is not None:
                     labels = variant.labels[-1] if variant.labels else None
                     self._update_generator(None, variant.real[-1] if self.loss.compares else None, labels, batch)
+                self._remember()
 
         variant.body = body
         return variant
 
+    def _settings(self) -> tuple[object, ...]:
+        """Numbers of the user's optimisers that a recording holds as they are, all but the rates, which are tensors."""
+        optimizers = [u.optimizer for u in (self._g, self._d) if u is not None and u.optimizer is not None]
+        kinds = (bool, int, float, tuple)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        return tuple((k, v) for group in groups for k, v in group.items() if isinstance(v, kinds) and k != "lr")
+
     def _why_unrecorded(self) -> str | None:
         """Why updates that run one by one cannot be recorded, as far as is known beforehand."""
+        if self._restless is not None:
+            return self._restless
         if not isinstance(self.latent, int):
             return "latent is a function of yours, which runs on the host"
         for updater, name in ((self._d, "d_optimizer"), (self._g, "g_optimizer")):
@@ -617,9 +650,10 @@ class Engine:
         """Say once why a faster path is not taken; an explicit backend or executor is an error then."""
         if variant.why_updates is not None and self.backend == "triton":
             raise InputError(f"Engine: backend is 'triton', but {variant.why_updates}")
+        why_updates = variant.why_updates if self.kernels else None
         why_unrecorded = variant.why_unrecorded if self.executor != "eager" else None
-        for what, why in (("runs update by update", variant.why_updates), ("is not recorded", why_unrecorded)):
-            if why is not None and self.kernels and (what, why) not in self._said:
+        for what, why in (("runs update by update", why_updates), ("is not recorded", why_unrecorded)):
+            if why is not None and (what, why) not in self._said:
                 _LOG.warning("fastgan: the iteration %s: %s", what, why)
                 self._said.add((what, why))
 
@@ -627,8 +661,10 @@ class Engine:
         """All memory that an iteration changes and that outlives it."""
         updaters = [u for u in (self._g, self._d) if u is not None]
         networks = [n for n in (self.generator, self.discriminator, self.generator_ema) if n is not None]
-        tensors = [t for t in tree_leaves(self.state_dict()) if isinstance(t, torch.Tensor) and t.device == self.device]
+        tensors = [t for t in tree_leaves(self.state_dict()) if isinstance(t, torch.Tensor)]
         tensors += [b for n in networks for b in n.buffers()]
+        tensors += [t for n in networks for m in n.modules() for t in vars(m).values() if isinstance(t, torch.Tensor)]
+        tensors = [t for t in tensors if t.device.type == self.device.type]
         tensors += [u.arena.grad for u in updaters if u.arena is not None]
         tensors += [u.arena.low for u in updaters if u.arena is not None and u.arena.has_low]
         counters = [self._d_count, self._g_count, self._image_count, self._averaged]
@@ -872,14 +908,31 @@ class Engine:
             ``d_grad_norm`` and ``g_grad_norm`` (of the last gradients, penalties included), and ``skipped_steps``
             (updates left out since the start because a gradient was not finite). NaN where nothing was measured yet.
         """
-        skipped = self._d.skipped.to(self.dtype)
-        g_norm = nan = torch.full_like(skipped, math.nan)
-        if self._g is not None:
-            skipped, g_norm = skipped + self._g.skipped, self._g.grad_norm
-        penalty = torch.stack(list(self._penalty.values()) or [nan]).sum()
-        values = torch.stack([*self._metrics, penalty, self._d.grad_norm, g_norm, skipped]).tolist()
-        names = (*_METRICS, "penalty", "d_grad_norm", "g_grad_norm", "skipped_steps")
-        return dict(zip(names, values, strict=True))
+        skipped = self._d.skipped + (self._g.skipped if self._g is not None else 0)
+        *figures, skips = torch.cat([self._figures.double(), skipped.double().view(1)]).tolist()
+        return {**self._named(figures), "skipped_steps": skips}
+
+    def history(self) -> list[dict[str, float]]:
+        """Figures of the last iterations of :meth:`step` and :meth:`run`, at most 64, the newest last; waits.
+
+        They are kept on the device until asked for, also where many iterations are one replay of a graph. Keys are
+        those of :meth:`metrics` but ``skipped_steps``.
+        """
+        ring = self._ring
+        *rows, (end, *_) = torch.cat([ring.rows.double(), ring.slot.double().expand(1, ring.rows.shape[1])]).tolist()
+        made = range(max(0, int(end) - len(rows)), int(end))
+        return [self._named(rows[i % len(rows)]) for i in made]
+
+    def _named(self, figures: Sequence[float]) -> dict[str, float]:
+        n = len(_METRICS)
+        penalty = sum(figures[n:-2]) if self._intervals else math.nan
+        return dict(
+            zip(
+                (*_METRICS, "penalty", "d_grad_norm", "g_grad_norm"),
+                (*figures[:n], penalty, *figures[-2:]),
+                strict=True,
+            )
+        )
 
     @torch.no_grad()
     def sample(
@@ -946,6 +999,8 @@ class Engine:
         fakes = self._fakes_path(batch)
         if fakes is not None:
             lines.append(f"fakes of the discriminator's updates: {fakes}")
+        if self._by_variant and self.sample_shape is not None:
+            lines.append(f"iteration: {self._iteration_path(batch)}")
         notes = []
         if self._sigmoid is not None:
             notes.append("the discriminator ends in Sigmoid: it is trained on that layer's input, the logits")
@@ -960,7 +1015,10 @@ class Engine:
             else:
                 notes.append("lazy penalties: d_optimizer is yours, its lr and betas are left as they are")
         if self.precision in ("bf16", "fp16", "tf32") and self.penalties:
-            notes.append("penalties run in fp32, on a forward pass of their own")
+            notes.append(
+                f"penalties take {self.precision} operands in kernels; their sums, norms and values are fp32"
+                if self.kernels else "penalties run in fp32, on a forward pass of their own"
+            )  # fmt: skip
         for updater, name in ((self._d, "d_optimizer"), (self._g, "g_optimizer")):
             if updater is None:
                 continue
@@ -985,9 +1043,26 @@ class Engine:
         if not isinstance(plan, Plan):
             return f"autograd, PyTorch ops\n  why: {plan}\n  cost at batch {batch}: {through}"
         buffers = sum(t.nbytes for t in plan.buffers) / 2**20
-        return (
-            f"closed form\n  cost at batch {batch}: {cost}; {buffers:.1f} MiB of buffers\n  through autograd: {through}"
-        )
+        how = "closed form, Triton kernels" if self.kernels else "closed form"
+        return f"{how}\n  cost at batch {batch}: {cost}; {buffers:.1f} MiB of buffers\n  through autograd: {through}"
+
+    def _iteration_path(self, batch: int) -> str:
+        """How :meth:`step` runs, as far as that is known."""
+        variants = self._executor.variants if self._executor is not None else []
+        variant = next((v for v in reversed(variants) if v.batch == batch), None)
+        if variant is None:
+            variant = Variant(why_unrecorded="not known before the first step")
+            try:
+                variant.iterations = self._lay_out(batch, [tuple(tuple(self._due(k)) for k in range(self.n_critic))])
+            except LookupError as e:
+                variant.why_updates = str(e)
+        what = f"{len(variant.iterations[0].calls)} launches" if variant.iterations else "update by update"
+        nodes = variant.recording.nodes() if variant.recording is not None else None
+        recorded = "a CUDA graph" if nodes is None else f"a CUDA graph of {nodes.get('kernel', 0)} kernels"
+        lines = [what if variant.recording is None else f"{what}, {recorded}"]
+        lines += [f"  why update by update: {variant.why_updates}"] if variant.why_updates is not None else []
+        lines += [f"  why no graph: {variant.why_unrecorded}"] if variant.why_unrecorded is not None else []
+        return "\n".join(lines)
 
     @contextlib.contextmanager
     def _as_it_was(self) -> Iterator[None]:
@@ -1074,9 +1149,10 @@ class Engine:
                 penalty.copy_(saved)
             self._loss_scale.scale.copy_(state["loss_scale"]["scale"])
             self._loss_scale.good_steps.copy_(state["loss_scale"]["good_steps"])
+        theirs = any(u.optimizer is not None for u in (self._g, self._d) if u is not None)
+        if self._executor is not None and (theirs or self.seed != int(state["seed"])):
+            self._executor.clear()  # launches hold the seed, and recordings the state of a torch optimiser
         self.seed = int(state["seed"])
-        if self._executor is not None:
-            self._executor.clear()  # launches hold the seed
         torch.set_rng_state(state["torch_rng"]["cpu"].cpu())
         if self.device.type == "cuda" and "cuda" in state["torch_rng"]:
             torch.cuda.set_rng_state(state["torch_rng"]["cuda"].cpu(), self.device)
@@ -1092,7 +1168,7 @@ _COUNTERS = ("d_updates", "g_updates", "images", "samples", "batch")
 
 def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return _current_gpu() if torch.cuda.is_available() else torch.device("cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -1101,7 +1177,12 @@ def _device(device: str | torch.device) -> torch.device:
         raise InputError(f"Engine: device is {device!r}, expected 'auto', 'cpu' or 'cuda'")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"Engine: device is {device!r}, but no CUDA device is available")
-    return chosen
+    return chosen if chosen.type == "cpu" or chosen.index is not None else _current_gpu()
+
+
+def _current_gpu() -> torch.device:
+    """With its number, as tensors have it."""
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from fastgan.iteration import Iteration
 Tensor = torch.Tensor
 Kind = Literal["auto", "eager", "graph", "dependent", "persistent"]
 KINDS = ("auto", "eager", "graph", "dependent", "persistent")
+_UNRECORDED = 8  # variants that are kept besides those with a graph
 
 
 def choose(kind: str, device: torch.device, kernels: bool) -> str:
@@ -50,6 +51,8 @@ class Variant:
         labels, fake: the same for labels and given fakes.
         iterations: lists of launches, run one after another; none where updates run one by one.
         recording: the graph, or ``None``.
+        batch: samples of an update.
+        kept: what the recording works on and nothing else may hold.
         why_updates: why it is not a list of launches.
         why_unrecorded: why there is no graph.
     """
@@ -60,6 +63,8 @@ class Variant:
     body: Callable[[], None] = lambda: None
     iterations: Sequence[Iteration] = ()
     recording: Recording | None = None
+    batch: int = 0
+    kept: Sequence[object] = ()
     why_updates: str | None = None
     why_unrecorded: str | None = None
 
@@ -98,6 +103,11 @@ class Executor:
             self.graphs = Graphs(CudaRecorder(device), state, device)
         self._variants: dict[Hashable, Variant] = {}
 
+    @property
+    def variants(self) -> list[Variant]:
+        """Those in use, in the order in which they came up."""
+        return list(self._variants.values())
+
     def clear(self) -> None:
         """Forget all variants: what they were made of has changed."""
         self._variants.clear()
@@ -117,7 +127,10 @@ class Executor:
             obstacle: why it cannot be recorded as far as is known without trying, or ``None``.
         """
         if key not in self._variants:
-            self._variants[key] = variant = self._make(self._persistent(lay_out), updates)
+            unrecorded = [k for k, v in self._variants.items() if v.recording is None]
+            for old in unrecorded[: len(unrecorded) - _UNRECORDED + 1]:
+                del self._variants[old]
+            self._variants[key] = variant = self._make(lay_out, updates)
             if self.graphs is None:
                 cpu = self.kind == "persistent"
                 variant.why_unrecorded = "graphs need a CUDA device" if cpu else f"executor is {self.kind!r}"
@@ -131,27 +144,18 @@ class Executor:
                     variant.recording = found
         return self._variants[key]
 
-    def _persistent(self, lay_out: Callable[[], Sequence[Iteration]]) -> Callable[[], Sequence[Iteration]]:
-        """What lays out each iteration as few launches as a persistent kernel can make of it, if that is meant.
-
-        Raises:
-            InputError: it cannot; says why.
-        """
-        if self.kind != "persistent":
-            return lay_out
+    def _make(self, lay_out: Callable[[], Sequence[Iteration]], updates: Callable[[], Variant]) -> Variant:
         try:
             made = lay_out()
-            for iteration in dict.fromkeys(made):
-                iteration.persist(self.device)
+            if self.kind == "dependent":
+                for iteration in set(made):
+                    iteration.make_dependent()
+            if self.kind == "persistent":
+                for iteration in set(made):
+                    iteration.persist(self.device)
         except LookupError as e:
-            raise InputError(f"Engine: executor is 'persistent', but {e}") from None
-        return lambda: made
-
-    @staticmethod
-    def _make(lay_out: Callable[[], Sequence[Iteration]], updates: Callable[[], Variant]) -> Variant:
-        try:
-            made = lay_out()
-        except LookupError as e:
+            if self.kind == "persistent":
+                raise InputError(f"Engine: executor is 'persistent', but {e}") from None
             variant = updates()
             variant.why_updates = str(e)
             return variant
@@ -160,7 +164,7 @@ class Executor:
             for iteration in made:
                 iteration.run()
 
-        return Variant(real=made[0].real, fake=made[0].fake, body=body, iterations=made)
+        return Variant(real=made[0].real, fake=made[0].fake, body=body, iterations=made, batch=made[0].batch)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("an executor holds addresses: the engine makes its own")

@@ -59,6 +59,30 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[str] = []
+        self._waits = [
+            (torch.cuda, "synchronize"),
+            (torch.cuda.Stream, "synchronize"),
+            (torch.cuda.Event, "synchronize"),
+        ]
+
+    def __enter__(self) -> Watch:
+        self._originals = [getattr(owner, name) for owner, name in self._waits]
+        for (owner, name), original in zip(self._waits, self._originals, strict=True):
+            setattr(owner, name, self._noting(f"{owner.__name__}.{name}", original))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+        for (owner, name), original in zip(self._waits, self._originals, strict=True):
+            setattr(owner, name, original)
+
+    def _noting(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._note(f"{name} waits for the device", args)
+            return original(*args, **kwargs)
+
+        return call
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -109,6 +133,9 @@ class Recording(Protocol):
 class Recorder(Protocol):
     """What warms up and records."""
 
+    def forget(self) -> None:
+        """Begin anew: what was recorded is gone, or a recording has failed."""
+
     def beside(self) -> contextlib.AbstractContextManager[object]:
         """A context for warm-up: on the side stream."""
 
@@ -124,7 +151,11 @@ class CudaRecorder:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.device = device
+        self.forget()
+
+    def forget(self) -> None:
+        self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._pool: Any = None
 
     @contextlib.contextmanager
@@ -139,20 +170,24 @@ class CudaRecorder:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(self.device)
-        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.device(self.device),
+            torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"),
+        ):
             body()
         graph.instantiate()
-        return CudaRecording(graph)
+        return CudaRecording(graph, self.device)
 
 
 class CudaRecording:
     """One CUDA graph."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
-        self.graph = graph
+    def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
+        self.graph, self.device = graph, device
 
     def replay(self, times: int = 1) -> None:
-        driver.replay(self.graph, times)
+        with torch.cuda.device(self.device):
+            driver.replay(self.graph, times)
 
     def nodes(self) -> dict[str, int] | None:
         return driver.nodes(self.graph) if driver.available() else None
@@ -185,20 +220,25 @@ class Graphs:
         if self._recordings and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._recordings.clear()
+        self.recorder.forget()
 
     def _make(self, body: Body) -> Recording | str:
         with self._as_it_was(), self.recorder.beside():
+            body()  # what is made once, such as plans, may take numbers from the host
             with Watch() as watch:
                 body()
             if watch.found:
                 return "; ".join(watch.found)
-            for _ in range(_WARM_UPS - 1):
+            for _ in range(_WARM_UPS - 2):
                 body()
         try:
             return self.recorder.record(body)
         except InputError:
             raise
-        except RuntimeError as e:  # of what no dispatch shows: a synchronisation, a library's own
+        except RuntimeError as e:  # of what no dispatch shows
+            self.recorder.forget()
+            while isinstance(e.__context__, RuntimeError):  # ending a recording that has failed fails too
+                e = e.__context__
             lines = [f for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith(_OWN)]
             where = f", called at {lines[-1].filename}:{lines[-1].lineno} ({lines[-1].line})" if lines else ""
             return f"{next(iter(str(e).splitlines()), type(e).__name__)}{where}"
@@ -207,12 +247,17 @@ class Graphs:
     def _as_it_was(self) -> Iterator[None]:
         """State is as before afterwards; what first appears within is zero, as an optimiser's state begins."""
         kept = [(t, t.clone()) for t in self._state()]
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            yield
-        with torch.no_grad():
-            known = {t.data_ptr() for t, _ in kept}
-            for t in self._state():
-                if t.data_ptr() not in known:
-                    t.zero_()
-            for t, before in kept:
-                t.copy_(before)
+        try:
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                yield
+        finally:
+            self._put_back(kept)
+
+    @torch.no_grad()
+    def _put_back(self, kept: list[tuple[Tensor, Tensor]]) -> None:
+        known = {t.data_ptr() for t, _ in kept}
+        for t in self._state():
+            if t.data_ptr() not in known:
+                t.zero_()
+        for t, before in kept:
+            t.copy_(before)

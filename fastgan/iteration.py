@@ -13,7 +13,7 @@ forward pass of the generator.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -141,6 +141,18 @@ class Iteration:
             self._discriminator(phases, joint, own_slot=own, last=last and generator is None)
         if generator is not None:
             self._generator(generator, joint, compares)
+
+    def make_dependent(self) -> None:
+        """Let each kernel that follows another be launched before that one has ended: it waits on the device."""
+        from fastgan.kernels._launch import Launch
+
+        calls = self.calls
+        self.calls = [
+            replace(call, arguments={**call.arguments, "DEPENDENT": True})
+            if isinstance(call, Launch) and i and isinstance(calls[i - 1], Launch)
+            else call
+            for i, call in enumerate(calls)
+        ]
 
     @property
     def repeats(self) -> bool:

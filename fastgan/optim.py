@@ -179,6 +179,7 @@ class Updater:
         self._pass: AdamPass | None = None
         self._marks: dict[Active, torch.Tensor] = {}
         self._versions = -1
+        self._rates: dict[int, torch.Tensor] = {}
 
     def __getstate__(self) -> State:
         """Without the pass, which holds addresses: a copy makes its own."""
@@ -250,6 +251,19 @@ class Updater:
             self._show([g if on else None for g, on in zip(self.arena.grads, active, strict=True)])
         torch.autograd.graph.increment_version(self.params)
         self._versions = sum(p._version for p in self.params)
+
+    def take_rates(self) -> None:
+        """Put rates that the user has set as numbers into the tensors that a recording reads."""
+        if self.optimizer is None or not self.fused or self.own:
+            return
+        for i, group in enumerate(self.optimizer.param_groups):
+            if not isinstance(group["lr"], torch.Tensor):
+                if i not in self._rates:
+                    p = group["params"][0]
+                    full = torch.float64 if p.device.type == "cpu" else torch.float32  # as torch's kernels take it
+                    self._rates[i] = torch.zeros((), dtype=full, device=p.device)
+                self._rates[i].fill_(group["lr"])
+                group["lr"] = self._rates[i]
 
     def refresh(self) -> None:
         """Bring the arena's copy in lower precision up to date where the user has changed parameters in place."""
@@ -429,7 +443,10 @@ def _torchs(rule: Adam, params: Sequence[nn.Parameter]) -> torch.optim.Optimizer
         device = params[0].device
         rate = torch.tensor(rate, device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
     kind = torch.optim.AdamW if rule.decoupled else torch.optim.Adam
-    return kind(params, lr=rate, betas=rule.betas, eps=rule.eps, weight_decay=rule.weight_decay, fused=True)
+    return kind(
+        params, lr=rate, betas=rule.betas, eps=rule.eps, weight_decay=rule.weight_decay, fused=True,
+        capturable=params[0].device.type == "cuda",
+    )  # fmt: skip
 
 
 def _tensors(optimizer: torch.optim.Optimizer, p: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -437,9 +454,14 @@ def _tensors(optimizer: torch.optim.Optimizer, p: torch.Tensor) -> dict[str, tor
 
 
 def _use_fused(optimizer: torch.optim.Adam) -> None:
-    """Switch a user's Adam to torch's fused kernels: the same mathematics, with a guard that needs no read-back."""
+    """Switch a user's Adam to torch's fused kernels: the same mathematics, with a guard that needs no read-back.
+
+    On a GPU it can be recorded in a graph then.
+    """
     for group in optimizer.param_groups:
         group["fused"], group["foreach"] = True, False
+        if group["params"][0].device.type == "cuda":
+            group["capturable"] = True
         for p in group["params"]:
             state = optimizer.state.get(p)
             if state and "step" in state:

@@ -140,7 +140,8 @@ def _runs_reduced(layer: Layer) -> bool:
 def fakes(network: Network, batch: int, setting: Setting, output: Tensor) -> Plan:
     """The generator's forward pass into ``output [B, ...]``; input ``z``."""
     plan = Plan()
-    stack = _stack(plan, network, [Segment("fake", slice(0, batch))], setting, setting.reduced, output=output)
+    segments = [Segment("fake", slice(0, batch))]
+    stack = _stack(plan, network, segments, setting, setting.reduced, output=output, spread=setting.kernels)
     rules.prepare(stack)
     rules.forward(stack)
     plan.inputs["z"] = stack.value(0)
@@ -456,6 +457,7 @@ def generator(
     g = _stack(
         first, network, [Segment("fake", samples)], setting, dtype, chain=batch, gradients=setting.gradients,
         output=d.value(0, fake) if joint is None else joint.memory[: 2 * n], output_adjoint=d.adjoint(0, fake),
+        spread=setting.kernels,
     )  # fmt: skip
     first.inputs["z"] = g.value(0)
     if compares:
@@ -487,11 +489,12 @@ def _stack(
     plan: Plan, network: Network, segments: list[Segment], setting: Setting, dtype: torch.dtype, *, chain: int = 0,
     tail: int = 0, shared: int = 0, split: bool = False, gradients: Mapping[Tensor, Tensor] | None = None,
     input_gradient: bool = False, input: Tensor | None = None, output: Tensor | None = None,
-    output_adjoint: Tensor | None = None, before: int = 0, mixed: Interpolation | None = None, share: float = 1.0,
+    output_adjoint: Tensor | None = None, before: int = 0, spread: bool = False, mixed: Interpolation | None = None,
+    share: float = 1.0,
 ) -> Stack:  # fmt: skip
     return Stack(
         plan.program, network, segments, chain=chain, tail=tail, shared=shared, split=split, dtype=dtype,
         device=setting.device, operand=lambda p: setting.operand(p, dtype), gradients=gradients,
         input_gradient=input_gradient, input=input, output=output, output_adjoint=output_adjoint, before=before,
-        mixed=mixed, trained=plan.trained, share=share, kernels=setting.kernels,
+        spread=spread, mixed=mixed, trained=plan.trained, share=share, kernels=setting.kernels,
     )  # fmt: skip

@@ -96,6 +96,16 @@ class Planner:
         if not self._networks or self._seen != self._look():
             self._read()
 
+    def changed(self) -> bool:
+        """Whether a network is no longer what was read."""
+        return bool(self._seen != self._look())
+
+    def held(self, batch: int) -> list[object]:
+        """The plans of a batch size: who has recorded their calls keeps them, as they may be replaced here."""
+        return [p for (_, n), p in self._plans.items() if n == batch] + [
+            p for n, p in self._fakes.items() if n == batch
+        ]
+
     def _look(self) -> list[Any]:
         return [torch.get_num_threads(), *(signature() for signature in self._signatures)]
 

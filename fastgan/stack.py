@@ -31,6 +31,8 @@ from fastgan.steps import Call, Step
 Tensor = torch.Tensor
 Kind = Literal["product", "convolution", "other"]
 
+_VECTOR = 16  # elements
+
 
 @dataclass
 class Program:
@@ -123,6 +125,7 @@ class Stack:
         input_gradient: whether the chain goes on to the network's input in all its rows.
         input, output, output_adjoint: the buffers of the network's input and output, where they are given.
         before: further rows of memory just before those of the input.
+        spread: whether rows of a vector input begin at whole vectors of memory, which kernels read at once.
         mixed: rows of the input that are never formed, as the first layer is affine.
         trained: takes the parameters whose gradient is written; one that is there already is added to.
         share: below 1, all gradients are added that much of, to what is there.
@@ -149,6 +152,7 @@ class Stack:
         output: Tensor | None = None,
         output_adjoint: Tensor | None = None,
         before: int = 0,
+        spread: bool = False,
         mixed: Interpolation | None = None,
         trained: set[Tensor] | None = None,
         share: float = 1.0,
@@ -193,6 +197,9 @@ class Stack:
         if before:
             self.before = self.new(before + rows, *self.shape(0))
             input = self.before[before:]
+        if spread and input is None and len(self.shape(0)) == 1:
+            (width,) = self.shape(0)
+            input = self.new(rows, -(-width // _VECTOR) * _VECTOR)[:, :width]
         self.a = self._buffers(lambda v: rows, output, input)
         self.u = self._buffers(lambda v: self.left if self.upstream[v] else self.n_tail, output_adjoint)
         self.r: dict[int, Tensor] = {}
@@ -237,7 +244,7 @@ class Stack:
             elif v == last and output is not None:
                 out[v] = output.view(-1, *self.shape(v))
             elif v == 0 and input is not None:
-                out[v] = input.view(-1, *self.shape(v))
+                out[v] = input.view(len(input), *self.shape(v))
             elif rows(v):
                 out[v] = self.new(rows(v), *self.shape(v))
             else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import signal
@@ -27,6 +28,8 @@ import torch
 import fastgan
 from fastgan import checkpoint, losses, models, penalties, pictures, runs
 from fastgan.data import Dataset, open_dataset
+from fastgan.data.dataset import Feed
+from fastgan.data.resident import ResidentFeed
 from fastgan.data.stream import Stream
 from fastgan.data.toys import TOYS
 from fastgan.ema import EMA
@@ -41,7 +44,9 @@ if TYPE_CHECKING:
 
 Progress = Literal["auto", "bar", "lines", "none"]
 
+_LOG = logging.getLogger(__name__)
 _KEEP = 2  # checkpoints
+_AT_ONCE = 64  # iterations between two looks at the clock and at signals, where several are one call
 _GRID_SEED, _QUALITY_SEED = 1, 2
 _LINE_EVERY_S = 10.0
 
@@ -138,7 +143,7 @@ class Trainer:
         self.per_iteration = engine.n_critic * batch
         self.total = iterations(kimg, self.per_iteration)
         self._check()
-        self.feed = self.data.feed(batch, engine.seed)
+        self.feed = self._feed(batch)
         self.folder: Path | None = None
         self.iteration = 0
         self.train_seconds = 0.0
@@ -227,9 +232,10 @@ class Trainer:
             with self._bar() as bar, _Stop() as stop:
                 started = time.perf_counter()
                 while self.iteration < self.total and not stop.signal:
-                    engine.step(self.feed)
-                    self.iteration += 1
-                    bar.step()
+                    count = self._until_next_event()
+                    engine.run(self.feed, count)
+                    self.iteration += count
+                    bar.step(count)
                     last = self.iteration == self.total
                     log, evaluate, snapshot = (self.iteration % every[k] == 0 for k in ("log", "evaluate", "snapshot"))
                     if not (log or evaluate or snapshot or last or stop.signal):
@@ -278,6 +284,23 @@ class Trainer:
             f"would write {where}/: config.json, metrics.jsonl every {every['log']:g} kimg, "
             f"samples, loss_curves.png and a checkpoint every {every['snapshot']:g} kimg and at the end"
         )
+
+    def _feed(self, batch: int) -> Feed:
+        """Batches made on the GPU where the engine and the data set are there."""
+        data, engine = self.data, self.engine
+        if engine.device.type == "cuda" and not isinstance(data, Stream):
+            try:
+                return data.feed(batch, engine.seed, device=engine.device)
+            except InputError as e:
+                _LOG.warning("fastgan: batches are made on the host: %s", e)
+        return data.feed(batch, engine.seed)
+
+    def _until_next_event(self) -> int:
+        """Iterations before something is logged or saved: one by one, but many where they are one call on a GPU."""
+        if not isinstance(self.feed, ResidentFeed):
+            return 1
+        every: list[int] = list(self.config["every"].values())
+        return min(_AT_ONCE, self.total - self.iteration, *(k - self.iteration % k for k in every))
 
     # ---- before the start
 
@@ -622,10 +645,10 @@ class _Bar:
         if self._bar is not None:
             self._bar.close()
 
-    def step(self) -> None:
-        self.iteration += 1
+    def step(self, iterations: int) -> None:
+        self.iteration += iterations
         if self._bar is not None:
-            self._bar.update()
+            self._bar.update(iterations)
 
     def show(self, metrics: dict[str, float]) -> None:
         text = ", ".join(f"{name} {metrics[name]:.3g}" for name in ("d_loss", "g_loss"))

@@ -11,6 +11,7 @@ On a GPU kernels run natively, on a CPU in Triton's interpreter.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 
 from fastgan import __version__
+from fastgan.arithmetic import Arithmetic
 from fastgan.closeness import Closeness, measure
 from fastgan.errors import InputError, unknown
 
@@ -114,16 +116,18 @@ class _Run:
     inputs_kept: bool
 
 
-def _derivatives(fn: Callable[..., Any], sample: Any, dtype: torch.dtype, as_dtype: torch.dtype, order: int) -> _Run:
-    """Values of an op of ``dtype``, computed in ``as_dtype``, and derivatives of a random projection of them."""
+def _derivatives(
+    fn: Callable[..., Any], sample: Any, dtype: torch.dtype, order: int, seed: int, exact: bool = False
+) -> _Run:  # fmt: skip
+    """Values of an op of ``dtype``, with ``exact`` in fp64, and derivatives of a random projection of them."""
 
     def cast(v: Any) -> Any:
-        if isinstance(v, torch.Tensor):  # in the sample's own memory where the dtype is the same: with its strides
-            return v.detach().to(as_dtype) if v.is_floating_point() else v
-        return as_dtype if v == dtype and isinstance(v, torch.dtype) else v
+        if isinstance(v, torch.Tensor):  # else in the sample's own memory, with its strides
+            return v.detach().double() if exact and v.is_floating_point() else v.detach()
+        return torch.float64 if exact and isinstance(v, torch.dtype) and v == dtype else v
 
     def randn_like(t: torch.Tensor) -> torch.Tensor:  # the same numbers in every dtype
-        return torch.randn(t.shape, generator=g, device=t.device).to(dtype).to(as_dtype)
+        return torch.randn(t.shape, generator=g, device=t.device).to(dtype).to(t.dtype)
 
     inputs = [cast(t) for t in sample.inputs]
     kwargs = {k: cast(v) for k, v in sample.kwargs.items()}
@@ -136,7 +140,7 @@ def _derivatives(fn: Callable[..., Any], sample: Any, dtype: torch.dtype, as_dty
     outs = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, torch.Tensor)]
     found = {f"y{i}": ("value", t) for i, t in enumerate(outs)}
     if wrt:
-        g = torch.Generator(device=wrt[0].device).manual_seed(1)
+        g = torch.Generator(device=wrt[0].device).manual_seed(seed)
         smooth = [t for t in outs if t.requires_grad]
         if not smooth:
             raise RuntimeError("the result does not depend on the inputs: autograd has no graph of it")
@@ -159,24 +163,38 @@ def _derivatives(fn: Callable[..., Any], sample: Any, dtype: torch.dtype, as_dty
     return _Run({k: (what, t.detach()) for k, (what, t) in found.items()}, kept)
 
 
+_FEW, _PROJECTIONS = 32, 4
+
+
 def _op_rows(spec: Any, dtype: str, device: torch.device) -> list[Row]:
-    kind = DTYPES[dtype]
-    gathered = _Gathered("op", spec.name, dtype)
+    """A derivative of few numbers, in which PyTorch may be exact by luck, is taken of several projections."""
+    kind, gathered = DTYPES[dtype], _Gathered("op", spec.name, dtype)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        return spec.op(*args, **kwargs, backend="triton")
+
     for sample in spec.samples(device, kind):
-        got, again = (
-            _derivatives(lambda *a, **k: spec.op(*a, **k, backend="triton"), sample, kind, kind, spec.order)
-            for _ in range(2)
-        )
-        plain = _derivatives(spec.reference, sample, kind, kind, spec.order)
-        exact = _derivatives(spec.reference, sample, kind, torch.float64, spec.order)
-        for key, (what, expected) in plain.tensors.items():
-            if key not in got.tensors:
+        plain = [_derivatives(spec.reference, sample, kind, spec.order, 1)]
+        few = any(what != "value" and 0 < t.numel() < _FEW for what, t in plain[0].tensors.values())
+        seeds = range(1, _PROJECTIONS + 1) if few else range(1, 2)
+        plain += [_derivatives(spec.reference, sample, kind, spec.order, seed) for seed in seeds[1:]]
+        exact = [_derivatives(spec.reference, sample, kind, spec.order, seed, exact=True) for seed in seeds]
+        got = [_derivatives(kernel, sample, kind, spec.order, seed) for seed in seeds]
+        again = _derivatives(kernel, sample, kind, spec.order, 1)
+        kept = all(run.inputs_kept for run in got)
+        for key, (what, expected) in plain[0].tensors.items():
+            found = got[0].tensors.get(key, ("", None))[1]
+            if found is None:
                 close = Closeness(math.nan, math.nan, math.nan, f"{key} is missing")
-                gathered.add(what, sample.name, close, True, got.inputs_kept)
+                gathered.add(what, sample.name, close, True, kept)
                 continue
-            close = measure(got.tensors[key][1], expected, exact.tensors[key][1])
-            repeats = _same(got.tensors[key][1], again.tensors[key][1])
-            gathered.add(what, sample.name, close, repeats, got.inputs_kept)
+            if found.shape != expected.shape or found.dtype != expected.dtype:
+                close = measure(found, expected, exact[0].tensors[key][1])
+            else:
+                runs = slice(1) if what == "value" else slice(None)
+                a, b, c = (torch.stack([run.tensors[key][1] for run in each[runs]]) for each in (got, plain, exact))
+                close = measure(a, b, c)
+            gathered.add(what, sample.name, close, _same(found, again.tensors[key][1]), kept)
     return gathered.rows()
 
 
@@ -232,7 +250,8 @@ def pairs() -> list[Pair]:
     ]
 
 
-_ROWS, _DRAWS, _CANDIDATES = 16, 8, 1024
+_ROWS, _DRAWS, _INTERPRETED_DRAWS, _CANDIDATES = 16, 8, 3, 1024
+_INTERPRETER = "Triton's interpreter is wrong for {} here: run it on a GPU"
 _BY = {"reference": "torch ops", "triton": "kernels"}  # what runs the plan, by backend
 
 
@@ -279,6 +298,15 @@ def _drawn(pair: Pair, seed: int) -> tuple[nn.Module, nn.Module, int, dict[str, 
     return g, d, latent, {"real": real[rows], "z": z[rows], "alpha": alpha[rows], "z_g": z_g[rows]}
 
 
+class _AllReduced(Arithmetic):
+    """Autocast around penalties too."""
+
+    @contextlib.contextmanager
+    def full(self) -> Iterator[None]:
+        with self.reduced():
+            yield
+
+
 @dataclass
 class _Update:
     gradients: dict[str, torch.Tensor]  # of all parameters of a player in one tensor
@@ -287,9 +315,13 @@ class _Update:
 
 
 def _update(
-    pair: Pair, seed: int, dtype: str, device: torch.device, backend: str, closed_form: bool
+    pair: Pair, seed: int, dtype: str, device: torch.device, backend: str, closed_form: bool,
+    penalties: str = "full",
 ) -> _Update:  # fmt: skip
-    """Both players' gradients at the start, read off Adam's first moments: with beta 1 = 0 they are the gradients."""
+    """Both players' gradients at the start, read off Adam's first moments: with beta 1 = 0 they are the gradients.
+
+    ``penalties``: the precision that autograd takes them in.
+    """
     from fastgan.engine import Engine
     from fastgan.optim import Adam
 
@@ -305,6 +337,12 @@ def _update(
         g, d, latent, pair.loss, pair.penalties, g_optimizer=adam, d_optimizer=adam, ema=None, device=device,
         precision=precision, backend=by, closed_form=closed_form,
     )  # fmt: skip
+    if penalties == "reduced":
+        engine._autograd.arithmetic = _AllReduced(engine.precision, engine.device)
+    if dtype == "fp16":  # a scale at which nothing overflows, which would leave the update out
+        state = engine.state_dict()
+        state["loss_scale"]["scale"] = torch.full_like(state["loss_scale"]["scale"], 2.0**8)
+        engine.load_state_dict(state)
     start = copy.deepcopy(engine.discriminator.state_dict())
     engine.d_step(given["real"], z=given["z"], alpha=given["alpha"])
     engine.discriminator.load_state_dict(start)  # the generator's update is taken at the start too
@@ -329,15 +367,21 @@ def _plan_rows(pair: Pair, dtype: str, device: torch.device, backend: str) -> li
     compared: dict[str, list[tuple[torch.Tensor, ...]]] = {}
     repeats = kept = True
     skipped: dict[str, str] = {}
-    for seed in range(_DRAWS):
+    interpreted = backend == "triton" and device.type == "cpu"
+    if interpreted and dtype == "bf16":
+        return [Row("plan", name, dtype, skipped=_INTERPRETER.format(dtype))]
+    for seed in range(_INTERPRETED_DRAWS if interpreted else _DRAWS):
         try:
-            got, again = (_update(pair, seed, dtype, device, backend, True) for _ in range(2))
+            got = _update(pair, seed, dtype, device, backend, True)
+            again = _update(pair, seed, dtype, device, backend, True) if seed == 0 else got
         except InputError as e:  # a path that the engine does not have here
             return [Row("plan", name, dtype, skipped=str(e))]
         skipped = got.autograd
         if len(skipped) == len(got.gradients):
             break
-        plain = _update(pair, seed, dtype, device, "reference", False)
+        # kernels multiply in the working precision in penalties too: so must what they are compared with
+        penalties = "reduced" if backend == "triton" and dtype in ("bf16", "fp16") else "full"
+        plain = _update(pair, seed, dtype, device, "reference", False, penalties)
         exact = _update(pair, seed, "fp64", device, "reference", False) if dtype != "fp64" else plain
         kept &= got.inputs_kept
         for player in plain.gradients:
@@ -458,7 +502,7 @@ def _work(
                 continue
             here = getattr(spec, "interpreted_dtypes", None)
             if interpreted and here is not None and DTYPES[dtype] not in here:
-                why = f"Triton's interpreter is wrong for {dtype} here: run it on a GPU"
+                why = _INTERPRETER.format(dtype)
                 yield name, dtype, lambda row=Row("op", name, dtype, skipped=why): [row]  # type: ignore[misc]
                 continue
             yield name, dtype, lambda spec=spec, dtype=dtype: _op_rows(spec, dtype, device)  # type: ignore[misc]

@@ -267,7 +267,7 @@ def sum_of(partials_ptr, n, BLOCK: tl.constexpr):
     sums = tl.zeros([BLOCK], tl.float64)
     for i in range(0, n, BLOCK):
         at = i + tl.arange(0, BLOCK)
-        sums += tl.load(partials_ptr + at, mask=at < n, other=0.0).to(tl.float64)
+        sums += tl.load(partials_ptr + at, mask=at < n, other=0.0, cache_modifier=".cg").to(tl.float64)
     return tl.sum(sums, 0)
 
 

@@ -57,6 +57,7 @@ _TILES: Mapping[str, tuple[Config, ...]] = {
 _LARGEST = {"linear_lrelu": 128 * 128, "linear_mixed": 64 * 64, "linear_head": 64 * 64, "linear_penalty": 64 * 64,
             "weight_gradient": 64 * 64}  # fmt: skip
 _DEEPEST = {"linear_lrelu": 128, "linear_mixed": 128, "linear_head": 64, "linear_penalty": 32, "weight_gradient": 128}
+_NARROWEST = {"weight_gradient": 32}  # all layers share a launch, and so the multiprocessors
 
 
 def config(op: str, m: int, n: int, k: int, dtype: torch.dtype, arch: int | None = None) -> Config:
@@ -112,7 +113,9 @@ def shape_class(m: int, n: int, k: int) -> str:
 def _candidates(op: str, dtype: torch.dtype) -> list[Config]:
     kind = "double" if dtype == torch.float64 else "single" if dtype == torch.float32 else "half"
     return [
-        replace(t, block_k=min(t.block_k, _DEEPEST[op])) for t in _TILES[kind] if t.block_m * t.block_n <= _LARGEST[op]
+        replace(t, block_k=min(t.block_k, _DEEPEST[op]))
+        for t in _TILES[kind]
+        if t.block_m * t.block_n <= _LARGEST[op] and t.block_n >= _NARROWEST.get(op, 0)
     ]
 
 

@@ -190,8 +190,8 @@ _MOST = 32  # phases of a launch, where it is not a single update that has more:
 _APART = 2  # programs where the phases are launches: more than one, so that tiles are shared out
 _SMALLER = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}  # than the tile for 8 warps, whose sums need their registers
 
-# what each kernel is called in a form
-_NAMES: dict[Any, str] = {
+# kernels that can be phases, and what each is called in a form
+PHASES: dict[Any, str] = {
     _bias_lrelu_fwd_kernel: "bias_lrelu",
     _linear_lrelu_kernel: "linear_lrelu",
     _linear_mixed_kernel: "linear_mixed",
@@ -295,7 +295,7 @@ def copy_launch(src: torch.Tensor, dst: torch.Tensor) -> Launch:
 
 
 def _phase(launch: Launch, programs: int) -> _Phase:
-    name = _NAMES.get(launch.kernel)
+    name = PHASES.get(launch.kernel)
     if name is None:
         raise LookupError(f"{launch.kernel.__name__} is no phase of a persistent kernel")
     if launch.arguments.get("DEPENDENT"):

@@ -397,13 +397,13 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     def labels(n: int) -> torch.Tensor:
         return torch.randint(0, 10, (n,), generator=g).to(device)
 
-    table = torch.randn(70, 3, generator=g).to(device)
+    table = torch.randn(125, 3, generator=g).to(device)
     return [
         sample("odd", 37, 63, 5, batch=9, width=7, mirror=True, labels=labels(37)),
         sample("two-passes", 64, 64, 2**14 - 3, batch=17, seed=-(2**40), mirror=True, width=8),
         sample("one-row", 1, 5, 2**35, batch=3, seed=2**64 - 1),
         sample("wide", 40, 1030, 7, batch=2, labels=labels(40), scale=1 / 3, offset=0.1),
-        Sample("table", (table, torch.tensor(66, device=device)), {"batch": 65, "seed": 1, "dtype": dtype}),
+        Sample("table", (table, torch.tensor(121, device=device)), {"batch": 65, "seed": 1, "dtype": dtype}),
         sample("empty", 5, 8, 0, batch=0),
     ]
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch.utils.flop_counter import register_flop_formula
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastgan.backend import Backend, resolve
@@ -44,6 +45,7 @@ from fastgan.kernels._adam import (
 )
 from fastgan.kernels._device import last_arrival, place_of
 from fastgan.kernels._launch import Launch, accumulator, check, check_dtype
+from fastgan.kernels._library import register
 from fastgan.kernels._matrix import DTYPES, INTERPRETED, PRECISIONS, arch_of, input_precision, rows_of
 from fastgan.kernels._spec import OpSpec, Sample
 
@@ -344,13 +346,13 @@ class Problem:
     accumulate: bool = False
 
 
-def programs_of(problems: Sequence[Problem], *, adam: bool = False, tile: configs.Config | None = None) -> int:
+def programs_of(problems: Sequence[Problem], tile: configs.Config | None = None, *, adam: bool = False) -> int:
     """Programs of the launch: as many as it has partial sums of squares.
 
     Args:
         problems: of :func:`weight_gradient_launch`; their shapes decide.
-        adam: whether it makes the update.
         tile: of it.
+        adam: whether it makes the update.
     """
     tile = tile or _tile_for(problems, adam)
     return sum(len(_places(p, tile)) for p in problems)
@@ -546,8 +548,6 @@ def _parameter(op: str, out: torch.Tensor, adam: Updated) -> tuple[int, int]:
 
 # ---- autograd
 
-_LIBRARY = torch.library.Library("fastgan", "FRAGMENT")
-
 
 def _product_of(u: torch.Tensor, x: torch.Tensor, precision: str) -> torch.Tensor:
     wide = u.dtype == torch.float64
@@ -574,10 +574,14 @@ def _backward(ctx, dw):
     return du, dx, None
 
 
-_LIBRARY.define("weight_gradient(Tensor u, Tensor x, str precision) -> Tensor")
-_LIBRARY.impl("weight_gradient", _product_of, "CompositeExplicitAutograd")
-torch.library.register_fake("fastgan::weight_gradient", _fake, lib=_LIBRARY)
-torch.library.register_autograd("fastgan::weight_gradient", _backward, setup_context=_setup, lib=_LIBRARY)
+_weight_gradient = register(
+    "weight_gradient(Tensor u, Tensor x, str precision) -> Tensor", _product_of, _fake, _setup, _backward
+)
+
+
+@register_flop_formula(torch.ops.fastgan.weight_gradient)
+def _flops(u_shape, x_shape, *args, **kwargs):
+    return 2 * u_shape[0] * u_shape[1] * x_shape[1]
 
 
 # ---- public
@@ -609,7 +613,7 @@ def weight_gradient(
     check(precision in PRECISIONS, op, f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
     if resolve(op, backend, u, x) == "reference":
         return weight_gradient_reference(u, x, precision=precision)
-    dw: torch.Tensor = torch.ops.fastgan.weight_gradient(u, x, precision)
+    dw: torch.Tensor = _weight_gradient(u, x, precision)
     return dw
 
 

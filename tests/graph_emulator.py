@@ -1,31 +1,27 @@
 """What a CUDA graph would do to a step, on any machine: record it once, replay it with frozen numbers and addresses.
 
-The tape holds torch's ops, custom ones and random ones included, and the calls of ``fastgan._C``, which no dispatch
-mode sees. Whatever Python computes between them is frozen as it was, as in a captured graph: a counter that advances on
-the host stands still in a replay, and training that depends on one drifts away from the eager steps.
+The tape holds torch's ops, custom ones and random ones included, the calls of ``fastgan._C`` and launches of kernels,
+which no dispatch mode sees. Whatever Python computes between them is frozen as it was, as in a captured graph: a
+counter that advances on the host stands still in a replay, and training that depends on one drifts away from the eager
+steps.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastgan import _native, adam
+from fastgan import _native, adam, executor
+from fastgan.graphs import READS_BACK, Graphs, reads_back
+from fastgan.kernels._launch import Launch
 
-READS_BACK = {
-    f"aten::{name}"
-    for name in (
-        "_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "_unique2", "unique_dim",
-        "unique_consecutive", "unique_dim_consecutive", "bincount",
-    )
-}  # fmt: skip
-_INDEXES = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
 _FROM_HOST = {"aten::lift_fresh"}  # torch.tensor(number), and the like
 _ALLOCATES = ("aten::empty", "aten::new_empty")  # a graph replays no allocation
 
@@ -59,6 +55,7 @@ class EmulatedGraph(TorchDispatchMode):
         self.tape: list[tuple[Callable[..., Any], Any, Any, Any]] = []
         self.reads_back: list[str] = []
         self.from_host: list[str] = []
+        self.within = 0
         self._watch = _Watch(self.reads_back)
 
     def __enter__(self) -> EmulatedGraph:
@@ -74,14 +71,14 @@ class EmulatedGraph(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name
-        if name in READS_BACK:
-            self.reads_back.append(name)
+        if (waits := reads_back(func, args)) is not None:
+            self.reads_back.append(waits)
         elif name in _FROM_HOST:
             self.from_host.append(name)
-        elif name in _INDEXES and any(t.dtype in (torch.bool, torch.uint8) for t in args[1] if t is not None):
-            self.reads_back.append("aten::nonzero")  # within the op
         given = tree_map(_alias, (args, kwargs))  # as they are now: unsqueeze_ and its like change them
+        self.within += 1  # what an op launches is replayed with the op
         out = func(*args, **kwargs)
+        self.within -= 1
         self.tape.append((func, *given, tree_map(_alias, out)))
         return out
 
@@ -137,6 +134,64 @@ class _Recorded:
             return found(*args, **kwargs)
 
         return call
+
+
+class Recording:
+    """What :class:`fastgan.graphs.Graphs` keeps of a body."""
+
+    def __init__(self, graph: EmulatedGraph) -> None:
+        self.graph, self.replays = graph, 0
+
+    def replay(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.graph.replay()
+        self.replays += times
+
+    def nodes(self) -> dict[str, int] | None:
+        return None
+
+
+class Recorder:
+    """CUDA records without running; here a recording is a run, whose changes are undone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.undone: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+
+    def beside(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def forget(self) -> None:
+        pass
+
+    def record(self, body: Callable[[], None]) -> Recording:
+        with self.undone(), EmulatedGraph() as graph:
+            body()
+        assert not graph.reads_back
+        assert not graph.from_host
+        return Recording(graph)
+
+
+class _Graphs(Graphs):
+    def _make(self, body: Callable[[], None]) -> Any:
+        self.recorder.undone = self._as_it_was
+        return super()._make(body)
+
+
+def on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``executor="graph"`` work without a GPU, by emulated graphs."""
+    monkeypatch.setattr(executor, "CudaRecorder", Recorder)
+    monkeypatch.setattr(executor, "Graphs", _Graphs)
+    monkeypatch.setattr(executor, "choose", lambda kind, device, kernels: "eager" if kind == "auto" else kind)
+    launch = Launch.__call__
+
+    def recorded(self: Launch) -> None:
+        for graph in EmulatedGraph.active:
+            if not graph.within:
+                graph.tape.append((launch, (self,), {}, None))
+        with _disable_current_modes():
+            launch(self)
+
+    monkeypatch.setattr(Launch, "__call__", recorded)
 
 
 class NewMemory(TorchDispatchMode):

@@ -259,30 +259,31 @@ def test_a_sweep_of_each_op(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_sweep_takes_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.rand(8, 8)
+    times = {16: 1.0, 32: 20.0, 64: 2.0, 128: 30.0}  # by the width of the block; those of 16 and 64 do not work
 
     def problem(m: int, n: int, k: int, operands: tiles.Operands) -> tiles.Problem:
         y = torch.empty(8, 8)
 
         def build(tile: Any) -> list[Any]:
-            def launch() -> None:
-                time.sleep(0.0002 if tile.block_n == 32 else 0.002)
-                torch.mul(x, 2.001 if tile.block_n == 16 else 2.0, out=y)
-
             if tile.block_n == 64:
                 raise RuntimeError("out of shared memory")
-            return [launch]
+            return [lambda: torch.mul(x, 2.001 if tile.block_n == 16 else 2.0, out=y)]
 
-        return tiles.Problem(build, [y], [2 * x.double()], [2 * x], lambda: time.sleep(0.001))
+        return tiles.Problem(build, [y], [2 * x.double()], [2 * x], lambda: None)
 
-    some = [(64, width, 32, 4, 3) for width in (16, 32, 64, 128)]
+    def timed(runs: dict[str, Any], *rest: Any) -> dict[str, dict[str, float]]:
+        return {k: {"median_us": 40.0 if k == "library" else times[int(k.split("x")[1])]} for k in runs}
+
+    some = [(64, width, 32, 4, 3) for width in times]
     monkeypatch.setattr(tune, "captured", at_once)
     monkeypatch.setattr(tune, "candidates", lambda *args: some)
-    monkeypatch.setattr(tune, "REPLAYS", 1)
+    monkeypatch.setattr(tune, "interleaved", timed)
     monkeypatch.setitem(tiles.PROBLEMS, "linear_lrelu", problem)
     found = tune.swept("linear_lrelu", 8, 8, 8, torch.float32, context())
     assert found["best"] == [64, 32, 32, 4, 3]
-    assert set(found["times_us"]) == {"64x32x32x4x3", "64x128x32x4x3"}
-    assert found["library_us"] > found["best_us"]
+    assert found["times_us"] == {"64x32x32x4x3": 20.0 / tune.REPLAYS, "64x128x32x4x3": 30.0 / tune.REPLAYS}
+    assert found["best_us"] == 20.0 / tune.REPLAYS
+    assert found["library_us"] == 40.0 / tune.REPLAYS
     assert found["refused"]["64x64x32x4x3"] == "RuntimeError: out of shared memory"
     assert found["refused"]["64x16x32x4x3"].startswith("wrong: error")
 

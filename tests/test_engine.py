@@ -669,7 +669,7 @@ def test_a_state_of_other_networks_is_refused_by_name_and_changes_nothing() -> N
         ({"executor": "graph"}, "Engine: executor is 'graph', but device is cpu: graphs need a CUDA device"),
         ({"executor": "dependent"}, "Engine: executor is 'dependent', but device is cpu: graphs need a CUDA device"),
         ({"executor": "persistent"}, "Engine: executor is 'persistent', which runs kernels: see backend"),
-        ({"executor": "grpah"}, "executor is 'grpah'"),
+        ({"executor": "grpah"}, "unknown executor 'grpah'; did you mean 'graph'?"),
         ({"backend": "cuda"}, "unknown backend 'cuda'"),
         ({"device": "gpu0"}, "Engine: device is 'gpu0'"),
         ({"ema": 1.5}, "EMA: decay is 1.5"),

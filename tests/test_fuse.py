@@ -377,7 +377,9 @@ def test_compiles_whole() -> None:
 
     plain = make()
     state, want = plain.state_dict(), run(plain)
-    backends: list[tuple[Backend, str]] = [("triton", "inductor"), ("reference", "aot_eager")]
+    backends: list[tuple[Backend | None, str]] = [
+        ("triton", "inductor"), ("reference", "aot_eager"), (None, "aot_eager"),
+    ]  # fmt: skip
     for backend, compiler in backends:
         module = make()
         module.load_state_dict(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,7 @@ from fastgan.kernels.bias_lrelu import bias_lrelu_backward_launch
 from fastgan.kernels.configs import Config
 from fastgan.kernels.inputs import Draw, inputs_launch
 from fastgan.kernels.linear_lrelu import linear_launch
-from fastgan.kernels.persistent import arrive, copy_launch, is_open, persistent_launches
+from fastgan.kernels.persistent import PHASES, arrive, copy_launch, is_open, persistent_launches
 from fastgan.kernels.sample_rows import SampleArguments, sample_rows_launch
 from fastgan.penalties import R1, GradientPenalty
 
@@ -206,6 +207,15 @@ def test_sums_for_more_warps_get_a_smaller_tile() -> None:
     assert {128} & {c for c in constants if type(c) is int} == set()
     assert made.arguments["table_ptr"][0, :3].tolist() == [12, 3, 4]
     assert made.num_warps == 4
+
+
+@pytest.mark.parametrize("kernel", PHASES, ids=PHASES.values())
+def test_a_phase_asks_for_its_place_by_its_tile(kernel: Any) -> None:
+    """The program's own number would be another one's in a persistent launch."""
+    source = inspect.getsource(kernel.fn)
+    assert "place_of(tile, 0)" in source
+    assert "program_id" not in source
+    assert "num_programs" not in source
 
 
 # ---- the barrier
