@@ -97,7 +97,7 @@ class Executor:
     """
 
     def __init__(self, kind: str, device: torch.device, state: Callable[[], Sequence[Tensor]]) -> None:
-        self.kind = kind
+        self.kind, self.device = kind, device
         self.graphs: Graphs | None = None
         if kind in ("graph", "dependent") or (kind == "persistent" and device.type == "cuda"):
             self.graphs = Graphs(CudaRecorder(device), state, device)
@@ -130,9 +130,10 @@ class Executor:
             unrecorded = [k for k, v in self._variants.items() if v.recording is None]
             for old in unrecorded[: len(unrecorded) - _UNRECORDED + 1]:
                 del self._variants[old]
-            self._variants[key] = variant = self._make(lay_out, updates)
+            self._variants[key] = variant = self._make(self._persistent(lay_out), updates)
             if self.graphs is None:
-                variant.why_unrecorded = f"executor is {self.kind!r}"
+                cpu = self.kind == "persistent"
+                variant.why_unrecorded = "graphs need a CUDA device" if cpu else f"executor is {self.kind!r}"
             elif obstacle is not None and not variant.iterations:
                 variant.why_unrecorded = obstacle
             else:
@@ -142,6 +143,22 @@ class Executor:
                 else:
                     variant.recording = found
         return self._variants[key]
+
+    def _persistent(self, lay_out: Callable[[], Sequence[Iteration]]) -> Callable[[], Sequence[Iteration]]:
+        """What lays out each iteration as few launches as a persistent kernel can make of it, if that is meant.
+
+        Raises:
+            InputError: it cannot; says why.
+        """
+        if self.kind != "persistent":
+            return lay_out
+        try:
+            made = lay_out()
+            for iteration in dict.fromkeys(made):
+                iteration.persist(self.device)
+        except LookupError as e:
+            raise InputError(f"Engine: executor is 'persistent', but {e}") from None
+        return lambda: made
 
     def _make(self, lay_out: Callable[[], Sequence[Iteration]], updates: Callable[[], Variant]) -> Variant:
         try:

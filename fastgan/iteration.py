@@ -29,6 +29,7 @@ from fastgan.steps import Call
 
 if TYPE_CHECKING:
     from fastgan.data.resident import ResidentFeed
+    from fastgan.kernels._launch import Launch
 
 Tensor = torch.Tensor
 
@@ -75,6 +76,26 @@ class Noise:
     kind: str
     stream: Stream
     step: Tensor
+
+
+def _as_launch(call: Call) -> Launch:
+    """What does the same as a call.
+
+    Raises:
+        LookupError: nothing does; names the call.
+    """
+    from fastgan.kernels._launch import Launch
+    from fastgan.kernels.persistent import copy_launch
+
+    if isinstance(call, Launch):
+        return call
+    if isinstance(call, steps.Step) and call.name == "copy":
+        src, dst = call.arguments["src"], call.arguments["dst"]
+        if src.is_contiguous() and dst.is_contiguous() and src.is_floating_point():
+            return copy_launch(src, dst)
+    function = getattr(call, "func", call)  # of a partial
+    name = call.name if isinstance(call, steps.Step) else getattr(function, "__name__", repr(function))
+    raise LookupError(f"{name} is no launch of a kernel, and so no phase of one")
 
 
 class Iteration:
@@ -142,6 +163,16 @@ class Iteration:
         """Make every call."""
         for call in self.calls:
             call()
+
+    def persist(self, device: torch.device) -> None:
+        """Put the launches of a persistent kernel in the place of all calls.
+
+        Raises:
+            LookupError: some call is none of its phases; names it.
+        """
+        from fastgan.kernels.persistent import persistent_launches
+
+        self.calls = [*persistent_launches([_as_launch(call) for call in self.calls], device=device)]
 
     # ---- the players
 

@@ -7,6 +7,22 @@ import triton.language as tl
 
 
 @triton.jit
+def place_of(tile, DIM: tl.constexpr):
+    """Which program of the grid this is along a dimension.
+
+    ``tile``: in a program that does the work of several (persistent.py) a tuple of the place in both dimensions and the
+    grid's size in both; else ``None``.
+    """
+    return tl.program_id(DIM) if tile is None else tile[DIM]
+
+
+@triton.jit
+def grid_size(tile, DIM: tl.constexpr):
+    """Programs of the grid along a dimension; ``tile`` as for :func:`place_of`."""
+    return tl.num_programs(DIM) if tile is None else tile[2 + DIM]
+
+
+@triton.jit
 def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """phi(z) in the type of z; "leaky-relu" with SLOPE 0 is ReLU."""
     if ACTIVATION == "leaky-relu" and SLOPE == 0:

@@ -34,7 +34,7 @@ from fastgan.kernels._adam import (
     settings_of,
     sum_of,
 )
-from fastgan.kernels._device import last_arrival
+from fastgan.kernels._device import grid_size, last_arrival, place_of
 from fastgan.kernels._launch import Launch, check, check_dtype
 from fastgan.kernels._spec import OpSpec, Sample
 
@@ -78,13 +78,20 @@ def adam_ema_reference(
 
 @triton.jit
 def _squares_kernel(
-    grad_ptr, blocks_ptr, active_ptr, squares_ptr, n_blocks, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr = False
+    grad_ptr,
+    blocks_ptr,
+    active_ptr,
+    squares_ptr,
+    n_blocks,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
+    tile=None,
 ):
     if DEPENDENT:
         gdc_wait()
-    program = tl.program_id(0)
+    program = place_of(tile, 0)
     sums = tl.zeros([BLOCK], tl.float64)
-    for k in range(program, n_blocks, tl.num_programs(0)):
+    for k in range(program, n_blocks, grid_size(tile, 0)):
         begin = tl.multiple_of(tl.load(blocks_ptr + 3 * k), 16)
         length = tl.load(blocks_ptr + 3 * k + 1)
         active = tl.load(active_ptr + tl.load(blocks_ptr + 3 * k + 2)) != 0
@@ -107,7 +114,7 @@ def _adam_ema_kernel(
     n_blocks, n_squares, n_params, n_values, n_slots, add_a, add_b, add_c,
     DECAY: tl.constexpr, SCHEDULE: tl.constexpr, WARMUP: tl.constexpr, FOLLOWS: tl.constexpr, CLIP: tl.constexpr,
     LOW: tl.constexpr, ZERO: tl.constexpr, SCALED: tl.constexpr, N_COUNTS: tl.constexpr, RING: tl.constexpr,
-    BLOCK: tl.constexpr, DEPENDENT: tl.constexpr = False,
+    BLOCK: tl.constexpr, DEPENDENT: tl.constexpr = False, tile=None,
 ):  # fmt: skip
     if DEPENDENT:
         gdc_wait()
@@ -120,7 +127,7 @@ def _adam_ema_kernel(
     finite = is_finite(total, settings_ptr)
     lr = learning_rate(settings_ptr, update_ptr, SCHEDULE, WARMUP)
     weight = average_weight(settings_ptr, images_ptr, averaged_ptr, FOLLOWS)
-    for k in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
+    for k in range(place_of(tile, 0), n_blocks, grid_size(tile, 0)):
         begin = tl.multiple_of(tl.load(blocks_ptr + 3 * k), 16)
         length, owner = tl.load(blocks_ptr + 3 * k + 1), tl.load(blocks_ptr + 3 * k + 2)
         offs = tl.arange(0, BLOCK)  # [BLOCK]
@@ -153,7 +160,7 @@ def _adam_ema_kernel(
             tl.store(grad_ptr + at, tl.zeros([BLOCK], T), mask=inside)
     if DEPENDENT:
         gdc_launch_dependents()
-    if last_arrival(counter_ptr, tl.num_programs(0)):
+    if last_arrival(counter_ptr, grid_size(tile, 0)):
         conclude(
             total, finite, settings_ptr, steps_ptr, active_ptr, images_ptr, averaged_ptr, skipped_ptr, grad_norm_ptr,
             scale_ptr, good_steps_ptr, count_a_ptr, count_b_ptr, count_c_ptr, add_a, add_b, add_c, values_ptr,

@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastgan import noise
 from fastgan.backend import Backend, resolve
+from fastgan.kernels._device import grid_size, place_of
 from fastgan.kernels._launch import Launch, check
 from fastgan.kernels._spec import OpSpec, Sample
 from fastgan.kernels.latent import (
@@ -133,12 +134,12 @@ def _inputs_kernel(
     n, batch, row_size, stride_out_row, width, low_bits, high_bits, key0, key1, scale_high, scale_low, offset,
     ROWS: tl.constexpr, SCALED: tl.constexpr, MIRROR: tl.constexpr, LABELS: tl.constexpr, ADVANCE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK: tl.constexpr, DRAWS: tl.constexpr,
-    DEPENDENT: tl.constexpr = False,
+    DEPENDENT: tl.constexpr = False, tile=None,
 ):  # fmt: skip
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
-    program = tl.program_id(0)
+    program = place_of(tile, 0)
     if program < draw_programs:
         first = tl.load(table_ptr + tl.arange(0, DRAWS) * _FIELDS)  # [DRAWS]
         here = first <= program
@@ -167,7 +168,7 @@ def _inputs_kernel(
                 scale_high,
                 scale_low,
                 offset,
-                tl.num_programs(0) - draw_programs,
+                grid_size(tile, 0) - draw_programs,
                 SCALED,
                 MIRROR,
                 LABELS,

@@ -24,7 +24,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastgan.kernels import configs
-from fastgan.kernels._device import derivative, last_arrival
+from fastgan.kernels._device import derivative, grid_size, last_arrival, place_of
 from fastgan.kernels._launch import Launch, accumulator, check
 from fastgan.kernels._losses import KINDS, PLAYERS, row_loss
 from fastgan.kernels._matrix import arch_of, check_activation, check_operands, input_precision, rows_of
@@ -58,13 +58,13 @@ def _linear_head_kernel(
     HAS_SEEDS: tl.constexpr, HAS_SCALES: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     MASK_ACTIVATION: tl.constexpr, MASK_SLOPE: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_PROGRAMS: tl.constexpr, DEPENDENT: tl.constexpr = False,
+    BLOCK_PROGRAMS: tl.constexpr, DEPENDENT: tl.constexpr = False, tile=None,
 ):  # fmt: skip
     if DEPENDENT:
         gdc_wait()
-    first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    first_row = place_of(tile, 0).to(tl.int64) * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
-    inner, writes = tl.arange(0, BLOCK_K), tl.program_id(1) == 0
+    inner, writes = tl.arange(0, BLOCK_K), place_of(tile, 1) == 0
     seed = tl.full([BLOCK_M], 1.0, ACC)
     logit = tl.zeros([BLOCK_M], ACC)
     is_fake = (rows >= fake) & (rows < fake + n_loss)
@@ -105,13 +105,13 @@ def _linear_head_kernel(
             if HAS_SCALES:
                 scaled = has_slope & (rows >= n_unscaled)
                 tl.store(scales_ptr + rows, slope.to(scales_ptr.dtype.element_ty), mask=scaled)
-            at = partials_ptr + tl.program_id(0) * 3
+            at = partials_ptr + place_of(tile, 0) * 3
             tl.store(at, tl.sum(tl.where(has_slope, value, zero)))
             tl.store(at + 1, tl.sum(tl.where(is_real, logit, zero)))
             tl.store(at + 2, tl.sum(tl.where(is_fake, logit, zero)))
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    cols = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = place_of(tile, 1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     for start in range(0, tl.where(first_row < n_chain, k, 0), BLOCK_K):
         ks = start + inner
         inside = (rows < n_chain)[:, None] & (ks < k)[None, :]
@@ -136,7 +136,7 @@ def _linear_head_kernel(
 
     if KIND != "none":  # noqa: SIM102
         if writes:
-            n_programs = tl.num_programs(0)
+            n_programs = grid_size(tile, 0)
             if last_arrival(counter_ptr, n_programs):
                 loss = tl.zeros([BLOCK_PROGRAMS], ACC)
                 reals, fakes = loss, loss

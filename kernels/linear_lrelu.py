@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastgan.backend import Backend, resolve
 from fastgan.kernels import configs, linear_head, linear_mixed, linear_penalty
-from fastgan.kernels._device import activate, derivative
+from fastgan.kernels._device import activate, derivative, place_of
 from fastgan.kernels._launch import Launch, accumulator, check, check_dtype, grid_1d
 from fastgan.kernels._library import register
 from fastgan.kernels._matrix import (
@@ -73,12 +73,12 @@ def _linear_lrelu_kernel(
     m, n, k, stride_x, stride_weight, stride_mask, stride_y,
     X_TRANSPOSED: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr = False,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr = False, tile=None,
 ):  # fmt: skip
     if DEPENDENT:
         gdc_wait()
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = place_of(tile, 0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = place_of(tile, 1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     acc = accumulate(
         acc, x_ptr, weight_ptr, rows, cols, m, n, k, stride_x, stride_weight,

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastgan.kernels import configs
-from fastgan.kernels._device import activate
+from fastgan.kernels._device import activate, place_of
 from fastgan.kernels._launch import Launch, accumulator, check
 from fastgan.kernels._matrix import arch_of, check_activation, check_operands, input_precision, rows_of
 
@@ -28,12 +28,12 @@ def _linear_mixed_kernel(
     x_ptr, weight_ptr, bias_ptr, alpha_ptr, y_ptr,
     n_rows, n, k, first, second, mixed, stride_x, stride_weight, stride_y,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr = False,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr = False, tile=None,
 ):  # fmt: skip
     if DEPENDENT:
         gdc_wait()
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # of each of the three parts
-    cols = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = place_of(tile, 0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # of each of the three parts
+    cols = place_of(tile, 1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, col_mask, inner = (rows < n_rows)[:, None], (cols < n)[None, :], tl.arange(0, BLOCK_K)
     a = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     b = tl.zeros((BLOCK_M, BLOCK_N), ACC)

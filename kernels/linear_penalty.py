@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastgan.kernels import configs
-from fastgan.kernels._device import derivative, last_arrival
+from fastgan.kernels._device import derivative, grid_size, last_arrival, place_of
 from fastgan.kernels._launch import Launch, accumulator, check
 from fastgan.kernels._matrix import arch_of, check_activation, check_operands, input_precision, rows_of
 
@@ -38,13 +38,13 @@ def _linear_penalty_kernel(
     NORM: tl.constexpr, WEIGHT: tl.constexpr, TARGET: tl.constexpr, SCALE: tl.constexpr, TINY: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_LOSS_SCALE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, DEPENDENT: tl.constexpr = False,
+    BLOCK_ROWS: tl.constexpr, DEPENDENT: tl.constexpr = False, tile=None,
 ):  # fmt: skip
     if DEPENDENT:
         gdc_wait()
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask, inner, writes = rows < n_rows, tl.arange(0, BLOCK_K), tl.program_id(1) == 0
+    rows = place_of(tile, 0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = place_of(tile, 1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, inner, writes = rows < n_rows, tl.arange(0, BLOCK_K), place_of(tile, 1) == 0
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     squares = tl.zeros((BLOCK_M, BLOCK_K), ACC)
     for start in range(0, k, BLOCK_K):
@@ -81,7 +81,7 @@ def _linear_penalty_kernel(
             direction_at = direction_ptr + rows[:, None] * stride_direction + ks[None, :]
             tl.store(direction_at, r.to(direction_ptr.dtype.element_ty), mask=there)
         tl.store(rows_value_ptr + rows, value.to(rows_value_ptr.dtype.element_ty), mask=row_mask)
-        if last_arrival(counter_ptr, tl.num_programs(0)):
+        if last_arrival(counter_ptr, grid_size(tile, 0)):
             values = tl.zeros([BLOCK_ROWS], ACC)
             for start in range(0, n_rows, BLOCK_ROWS):
                 at = start + tl.arange(0, BLOCK_ROWS)

@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastgan import noise
 from fastgan.backend import Backend, resolve
-from fastgan.kernels._device import last_arrival
+from fastgan.kernels._device import grid_size, last_arrival, place_of
 from fastgan.kernels._launch import Launch, check, check_dtype
 from fastgan.kernels._spec import OpSpec, Sample
 from fastgan.kernels.latent import _WORD, keys, philox, store_rounded
@@ -226,15 +226,15 @@ def _sample_rows_kernel(
     data_ptr, out_ptr, labels_ptr, labels_out_ptr, position_ptr, arrivals_ptr,
     n, batch, row_size, stride_out_row, width, low_bits, high_bits, key0, key1, scale_high, scale_low, offset,
     SCALED: tl.constexpr, MIRROR: tl.constexpr, LABELS: tl.constexpr, ADVANCE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, DEPENDENT: tl.constexpr = False,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, DEPENDENT: tl.constexpr = False, tile=None,
 ):  # fmt: skip
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
     sample_tile(
-        tl.program_id(0), data_ptr, out_ptr, labels_ptr, labels_out_ptr, position_ptr, arrivals_ptr,
+        place_of(tile, 0), data_ptr, out_ptr, labels_ptr, labels_out_ptr, position_ptr, arrivals_ptr,
         n, batch, row_size, stride_out_row, width, low_bits, high_bits, key0, key1, scale_high, scale_low, offset,
-        tl.num_programs(0), SCALED, MIRROR, LABELS, ADVANCE, BLOCK_ROWS, BLOCK_COLS,
+        grid_size(tile, 0), SCALED, MIRROR, LABELS, ADVANCE, BLOCK_ROWS, BLOCK_COLS,
     )  # fmt: skip
 
 

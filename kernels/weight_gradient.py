@@ -43,7 +43,7 @@ from fastgan.kernels._adam import (
     settings_of,
     sum_of,
 )
-from fastgan.kernels._device import last_arrival
+from fastgan.kernels._device import last_arrival, place_of
 from fastgan.kernels._launch import Launch, accumulator, check, check_dtype
 from fastgan.kernels._library import register
 from fastgan.kernels._matrix import DTYPES, INTERPRETED, PRECISIONS, arch_of, input_precision, rows_of
@@ -186,11 +186,11 @@ def _weight_gradient_kernel(
     table_ptr, squares_ptr,
     T: tl.constexpr, OUT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, JOINS: tl.constexpr,
     SQUARES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    DEPENDENT: tl.constexpr = False,
+    DEPENDENT: tl.constexpr = False, tile=None,
 ):  # fmt: skip
     if DEPENDENT:
         gdc_wait()
-    program = tl.program_id(0).to(tl.int64)
+    program = place_of(tile, 0).to(tl.int64)
     row_ptr = table_ptr + program * _FIELDS
     kind = tl.load(row_ptr + _KIND)
     out_ptr, adds = tl.load(row_ptr + _OUT).to(tl.pointer_type(OUT)), tl.load(row_ptr + _ADDS) != 0

@@ -151,7 +151,7 @@ def _config(launch: Launch, constants: dict[str, Any]) -> str:
     words = []
     for p in launch.kernel.params:
         value = constants.get(p.name)
-        if p.name in ("ACC", "DEPENDENT") or value is None or value is False:
+        if p.name in ("ACC", "DEPENDENT", "FORMS", "ORDER") or value is None or value is False:
             continue
         if value is True:
             words.append(p.name)
