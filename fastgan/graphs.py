@@ -68,7 +68,7 @@ class Watch(TorchDispatchMode):
     def __enter__(self) -> Watch:
         self._originals = [getattr(owner, name) for owner, name in self._waits]
         for (owner, name), original in zip(self._waits, self._originals, strict=True):
-            setattr(owner, name, self._noting(f"{owner.__name__}.{name}", original))
+            setattr(owner, name, self._noting(f"{getattr(owner, '__name__', owner)}.{name}", original))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
