@@ -18,6 +18,8 @@ from fastgan.ema import EMA, Average
 from fastgan.kernels.adam_ema import BLOCK, adam_ema, adam_ema_launch
 from fastgan.optim import Updater
 
+pytestmark = pytest.mark.interpreted
+
 SHAPES = [(7, 13), (1,), (BLOCK + 1,), (0, 4), (3, 2, 2, 2), ()]
 STEPS = 12
 RULES = {

@@ -13,6 +13,8 @@ from closeness import assert_as_accurate
 from fastgan import losses, steps
 from fastgan.kernels.adversarial_loss import Kind, adversarial_loss, adversarial_loss_launch
 
+pytestmark = pytest.mark.interpreted
+
 KINDS = get_args(Kind)
 GAMES = [*itertools.product(KINDS, ["discriminator", "generator"])]
 

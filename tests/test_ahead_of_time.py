@@ -19,6 +19,8 @@ from ahead_of_time import ARCHS, REPORT, SHARED, Row, misfits, render
 
 from fastgan.kernels import SPECS
 
+pytestmark = pytest.mark.xdist_group("ahead of time")  # one process compiles, with a process for each core
+
 CASES = [
     pytest.param(spec.name, str(dtype).removeprefix("torch."), arch, id=f"{spec.name}-{str(dtype)[6:]}-sm_{arch}")
     for spec in SPECS

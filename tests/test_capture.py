@@ -21,6 +21,8 @@ from fastgan.backend import use_backend
 from fastgan.data import Dataset
 from fastgan.penalties import R1, GradientPenalty
 
+pytestmark = pytest.mark.interpreted
+
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,8 @@ from fastgan.nn import Conv2dLeakyReLU, ConvTranspose2dLeakyReLU, LinearAct
 from fastgan.penalties import GradientPenalty, norm
 from fastgan.reader import read
 
+pytestmark = pytest.mark.interpreted
+
 
 def mlp() -> nn.Module:
     return nn.Sequential(

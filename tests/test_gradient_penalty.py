@@ -11,6 +11,8 @@ import torch
 from fastgan import penalties, steps
 from fastgan.kernels.gradient_penalty import gradient_penalty, gradient_penalty_launch
 
+pytestmark = pytest.mark.interpreted
+
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),

@@ -13,6 +13,8 @@ from op_checks import check_expanded, check_sample, check_strided, derivatives, 
 
 from fastgan.kernels._spec import OpSpec, Sample
 
+pytestmark = pytest.mark.interpreted
+
 BLOCK = 16
 
 

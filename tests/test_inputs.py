@@ -13,6 +13,8 @@ from fastgan.kernels.latent import latent_launch
 from fastgan.kernels.sample_rows import SampleArguments, sample_rows_launch
 from fastgan.noise import Stream
 
+pytestmark = pytest.mark.interpreted
+
 
 def update(device: torch.device, dtype: torch.dtype, rows: int = 33) -> tuple[list[Draw], SampleArguments]:
     """Two latents, weights, labels and the data, in memory that has room around each of them."""

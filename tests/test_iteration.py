@@ -18,6 +18,8 @@ from fastgan.kernels._launch import Launch
 from fastgan.models.packing import Packed
 from fastgan.penalties import DRAGAN, R1, R2, GradientPenalty
 
+pytestmark = pytest.mark.interpreted
+
 Networks = tuple[nn.Module, nn.Module]
 CRITIC = {"loss": "wasserstein", "penalties": [GradientPenalty(10.0)]}
 

@@ -13,6 +13,8 @@ from fastgan.backend import use_backend
 from fastgan.kernels.latent import latent, latent_launch
 from fastgan.noise import Stream
 
+pytestmark = pytest.mark.interpreted
+
 SEEDS = [0, 11, -5, 2**64 - 1, 5 << 32 | 7]
 GPU = torch.cuda.is_available()
 

@@ -16,6 +16,8 @@ from fastgan.kernels._losses import KINDS, PLAYERS
 from fastgan.kernels.linear_head import Head, head_launch
 from fastgan.losses import LOSSES
 
+pytestmark = pytest.mark.interpreted
+
 
 def test_knows_every_loss() -> None:
     assert set(KINDS) == set(LOSSES)

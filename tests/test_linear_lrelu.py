@@ -12,6 +12,8 @@ from fastgan.kernels import configs
 from fastgan.kernels._matrix import ACTIVATIONS
 from fastgan.kernels.linear_lrelu import linear_launch, linear_lrelu
 
+pytestmark = pytest.mark.interpreted
+
 DTYPES = (torch.float16, torch.float32, torch.float64)
 SLOPES = {"identity": 0.0, "leaky-relu": 0.2, "tanh": 0.0, "sigmoid": 0.0}
 

@@ -12,6 +12,8 @@ from test_linear_lrelu import DTYPES, SLOPES, phi
 from fastgan.kernels._matrix import ACTIVATIONS
 from fastgan.kernels.linear_mixed import mixed_launch
 
+pytestmark = pytest.mark.interpreted
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -12,6 +12,8 @@ from test_linear_lrelu import DTYPES, SLOPES, dphi, phi
 from fastgan.kernels._matrix import ACTIVATIONS
 from fastgan.kernels.linear_penalty import KINDS, penalty_launch
 
+pytestmark = pytest.mark.interpreted
+
 
 def expected(
     g: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None, activation: str, kind: str, w: float,

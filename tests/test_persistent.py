@@ -27,6 +27,8 @@ from fastgan.kernels.persistent import PHASES, arrive, copy_launch, is_open, per
 from fastgan.kernels.sample_rows import SampleArguments, sample_rows_launch
 from fastgan.penalties import R1, GradientPenalty
 
+pytestmark = pytest.mark.interpreted
+
 CASES: dict[str, dict[str, Any]] = {
     "wgan-gp": {"loss": "wasserstein", "penalties": [GradientPenalty(10.0)]},
     "r1": {"penalties": [R1(1.0)]},

@@ -18,6 +18,8 @@ from fastgan.errors import InputError
 from fastgan.kernels.inputs import Draw, inputs_launch
 from fastgan.noise import Stream
 
+pytestmark = pytest.mark.interpreted
+
 RNG = np.random.default_rng(0)
 BACKENDS = ["triton", "reference"]
 

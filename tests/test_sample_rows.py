@@ -26,6 +26,8 @@ from fastgan.kernels.sample_rows import (
     shuffled,
 )
 
+pytestmark = pytest.mark.interpreted
+
 BACKENDS = ["triton", "reference"]
 
 

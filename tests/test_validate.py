@@ -20,6 +20,8 @@ from fastgan import cli, closeness, kernels, validate
 from fastgan.kernels import bias_lrelu
 from fastgan.kernels._spec import Sample
 
+pytestmark = pytest.mark.interpreted
+
 SPEC = bias_lrelu.SPEC
 
 

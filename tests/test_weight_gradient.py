@@ -19,6 +19,8 @@ from fastgan.ema import EMA, Average
 from fastgan.kernels.configs import Config
 from fastgan.kernels.weight_gradient import Problem, programs_of, weight_gradient, weight_gradient_launch
 
+pytestmark = pytest.mark.interpreted
+
 DTYPES = [torch.float32, torch.float16, torch.float64]
 
 
