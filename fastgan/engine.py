@@ -80,7 +80,8 @@ class Engine:
         closed_form: run phases without autograd where that is possible; :meth:`explain` says where, and why not.
         executor: how :meth:`step` runs an iteration. ``"graph"``, on a GPU what ``"auto"`` means, records it as a CUDA
             graph; ``"dependent"`` lets each kernel of that graph start before the one before it has ended (compute
-            capability 9.0); ``"persistent"`` runs it as one cooperative launch; ``"eager"`` records nothing.
+            capability 9.0); ``"persistent"`` runs an iteration that is all kernels (of MLPs) as one cooperative launch,
+            or as several of whole updates, and has not been timed; ``"eager"`` records nothing.
 
     The parameters become views of one flat tensor per network: ``state_dict()`` and in-place changes work as ever.
 

@@ -62,7 +62,10 @@ def arrive(barrier_ptr, program, n_programs):
 
 @triton.jit
 def is_open(barrier_ptr, before):
-    """Whether all programs have come since one of them found ``before``."""
+    """Whether all programs have come since one of them found ``before``.
+
+    An atomic that adds 0 is compiled to a load that acquires: waiting programs do not write.
+    """
     return (tl.atomic_add(barrier_ptr, 0, sem="acquire") ^ before) < 0
 
 
