@@ -12,6 +12,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when a kernel is decorated: before any fastgan import
 
 import pytest
+from torch.utils import _device
+
+_device._device_constructors()  # a cache that has to hold torch's own functions, not what stands in for them below
 
 
 @pytest.fixture

@@ -140,6 +140,7 @@ print(len(set(seen)) > 3)
 def test_a_replay_can_be_interrupted(fake: Path) -> None:
     code = """
 import signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets background jobs ignore it
 def interrupt():
     while library.fake_launches(1) < 1000:
         time.sleep(0.001)
