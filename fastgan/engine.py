@@ -416,7 +416,7 @@ class Engine:
             self._run_on_feed(real, 1)
             return
         batches = self._batches(real, labels, fake)
-        if self._by_variant:
+        if self._by_variant and (fake is None or self.generator is None):  # with both, updates are made one by one
             self._step_as_variant(list(batches))
             return
         for x, y, f in batches:

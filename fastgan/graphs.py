@@ -205,15 +205,18 @@ class Graphs:
     def __init__(self, recorder: Recorder, state: Callable[[], Iterable[Tensor]], device: torch.device) -> None:
         self.recorder, self.device = recorder, device
         self._state = state
-        self._recordings: dict[Hashable, Recording | str] = {}
+        self._recordings: dict[Hashable, Recording] = {}
 
     def find(self, key: Hashable, body: Body) -> Recording | str:
         """The recording of a variant, made if need be; or why it cannot be recorded."""
-        if key not in self._recordings:
-            if len(self._recordings) >= _VARIANTS:
-                return f"{_VARIANTS} variants of the iteration are recorded already"
-            self._recordings[key] = self._make(body)
-        return self._recordings[key]
+        if key in self._recordings:
+            return self._recordings[key]
+        if len(self._recordings) >= _VARIANTS:
+            return f"{_VARIANTS} variants of the iteration are recorded already"
+        made = self._make(body)
+        if not isinstance(made, str):
+            self._recordings[key] = made
+        return made
 
     def clear(self) -> None:
         """Forget all recordings: memory that they work on is no longer what it was."""

@@ -259,6 +259,15 @@ def test_single_updates_on_kernels_take_given_noise(device: torch.device) -> Non
     assert distance(plain, kernels) < 1e-12
 
 
+def test_given_fakes_take_the_place_of_the_generators(device: torch.device) -> None:
+    plain, kernels = (engine(mlp, backend=b, device=device) for b in ("reference", "triton"))
+    for real in batches(plain, 2):
+        for e in (plain, kernels):
+            e.step(real, fake=real.flip(0) * 2)
+    assert distance(plain, kernels) < 1e-12
+    assert kernels.metrics()["d_fake"] == pytest.approx(plain.metrics()["d_fake"], rel=1e-9)
+
+
 def test_what_the_user_changes_between_iterations_counts(device: torch.device) -> None:
     plain, kernels = (engine(mlp, backend=b, device=device) for b in ("reference", "triton"))
     for i, real in enumerate(batches(plain, 4)):
