@@ -394,6 +394,7 @@ def weight_gradient_launch(
     check(precision in PRECISIONS, op, f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
     tile = tile or _tile_for(problems, adam is not None)
     table = [row for problem in problems for row in _rows(op, problem, tile, adam)]
+    table.sort(key=lambda row: row[_KIND.value] < _SUM.value)  # what walks along the rows begins first
     if squares is not None:
         check(squares.shape == (len(table),), op, f"squares has shape {tuple(squares.shape)}, expected ({len(table)},)")
         check_dtype(op, "squares", squares, (torch.float64, torch.float32))
