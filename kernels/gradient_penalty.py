@@ -285,11 +285,9 @@ def _launches(dtype: torch.dtype) -> list[Launch]:
     wide = _wide(dtype)
     g, value, rows = torch.empty(64, 256, dtype=dtype), torch.empty((), dtype=wide), torch.empty(64, dtype=wide)
     counter = torch.zeros(1, dtype=torch.int32)
-    variants: list[dict[str, Any]] = [
-        {"direction": g},
-        {"direction": g, "add": True},
-        {"direction": rows, "factor": True},
-    ]
+    variants: list[dict[str, Any]] = [{"direction": g}, {"direction": rows, "factor": True}]
+    if dtype == torch.float32:
+        variants.append({"direction": g, "add": True})
     if dtype == torch.float16:
         variants.append({"direction": g, "loss_scale": torch.empty(())})
     return [

@@ -232,8 +232,12 @@ def compiled(op: str, dtype: str, config: str, launch: Launch, arch: int) -> Row
 Job = tuple[str, str, str, "Launch", int]  # op, dtype, configuration, launch, architecture
 
 
-def jobs() -> list[Job]:
-    """Every launch of every op for every architecture, and every kernel once more as a dependent launch."""
+def jobs(dtypes: Iterable[str] = ()) -> list[Job]:
+    """Every launch of every op for every architecture, and every kernel once more as a dependent launch.
+
+    Args:
+        dtypes: of these alone, ``"float32"``; all where none is given.
+    """
     found: list[Job] = []
     seen: set[str] = set()
     dependent: set[str] = set()
@@ -253,6 +257,8 @@ def jobs() -> list[Job]:
     for spec in SPECS:
         for dtype in spec.dtypes:
             name = str(dtype).removeprefix("torch.")
+            if dtypes and name not in dtypes:
+                continue
             for launch in spec.launches(dtype):
                 add(spec.name, name, launch, ARCHS)
                 if launch.kernel.__name__ not in dependent and not launch.cooperative:
@@ -331,6 +337,8 @@ def _cell(row: Row | None) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--write", action="store_true", help=f"write {REPORT.name}")
+    parser.add_argument("--dtypes", nargs="+", default=(), help="compile these alone, such as bfloat16")
+    parser.add_argument("--save", type=Path, help="write what --json prints to a file as well, for the tests")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each compilation, judge nothing")
     parser.add_argument("--flaws", action="store_true", help="with --json: compile tests/flawed_kernels.py instead")
     args = parser.parse_args()
@@ -339,9 +347,12 @@ def main() -> int:
 
         rows = compile_all([(name, "", "", launch, arch) for name, (launch, arch) in LAUNCHES.items()])
     else:
-        rows = compile_all(jobs())
+        rows = compile_all(jobs(args.dtypes))
+    lines = "\n".join(json.dumps(asdict(row)) for row in rows)
+    if args.save:
+        args.save.write_text(lines)
     if args.json:
-        print("\n".join(json.dumps(asdict(row)) for row in rows))
+        print(lines)
         return 0
     print(render(rows))
     if args.write:
