@@ -171,7 +171,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
 
 def _launches(dtype: torch.dtype) -> list[Launch]:
     a = torch.empty(64, 256, dtype=dtype)
-    alphas = [torch.empty(64, dtype=d) for d in {dtype, torch.float32}]
+    alphas = [torch.empty(64, dtype=d) for d in dict.fromkeys((dtype, torch.float32))]
     return [interpolate_launch(alpha, a, a, a) for alpha in alphas]
 
 
