@@ -343,6 +343,7 @@ def main() -> int:
     parser.add_argument("--flaws", action="store_true", help="with --json: compile tests/flawed_kernels.py instead")
     args = parser.parse_args()
     if args.flaws:
+        sys.path.append(str(Path(__file__).parent))  # which PYTHONSAFEPATH leaves out
         from flawed_kernels import LAUNCHES
 
         rows = compile_all([(name, "", "", launch, arch) for name, (launch, arch) in LAUNCHES.items()])
