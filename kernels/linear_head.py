@@ -156,7 +156,7 @@ def _linear_head_kernel(
 # ---- launchers
 
 _BLOCK_PROGRAMS = 64
-_ALONE = configs.Config(16, 16, 64, 8, 2)  # without a product the tile has no second dimension; not tuned
+_ALONE = configs.Config(16, 16, 64, 16, 2)  # without a product the tile has no second dimension; not tuned
 
 
 @dataclass(frozen=True)
