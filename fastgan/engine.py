@@ -593,7 +593,7 @@ class Engine:
             if updater is not None and not updater.on_kernels:
                 raise LookupError(f"{name}: {updater.obstacle or 'it is yours'}")
         parts = Parts(
-            planner=self._plans(), d=self._d, g=self._g, seed=self.seed, latent=self.latent, ring=self._ring,
+            planner=self._plans(), d=self._d, g=self._g, seed=self.seed, ring=self._ring,
             counts=Counts(self._d_count, self._g_count, self._image_count),
             loss_scale=self._loss_scale if self.precision == "fp16" else None,
         )  # fmt: skip
@@ -739,7 +739,7 @@ class Engine:
         for phase, plan in zip(due, plans, strict=True):
             if plan is not None:
                 self._run(plan)
-                self._d.step(plan.active(self._d.params), **self._extras(plan))
+                self._d.step(plan.active(self._d.params), **self._extras(self._d, plan))
                 continue
             points = Points(self._autograd, samples, bool(self.penalties))
             grads = self._autograd.discriminator_gradients(phase, points, self._d.params, self._measured)
@@ -749,9 +749,9 @@ class Engine:
         self._d_count.add_(1)
         self._image_count.add_(batch)
 
-    def _extras(self, plan: Plan) -> State:
+    def _extras(self, updater: Updater, plan: Plan) -> State:
         """What a plan of kernels leaves for the optimiser besides gradients."""
-        if not self.kernels or self._d.optimizer is not None:
+        if not updater.on_kernels:
             return {}
         return {"squares": plan.squares, "loss_scale": self._loss_scale if self.precision == "fp16" else None}
 
@@ -889,7 +889,7 @@ class Engine:
             if real is not None:
                 plan.inputs["real"].copy_(real.reshape(plan.inputs["real"].shape))
             self._run(plan)
-            self._g.step(plan.active(self._g.params), **self._extras(plan))
+            self._g.step(plan.active(self._g.params), **self._extras(self._g, plan))
         else:
             z = self._latents(batch, Stream.G_LATENT, step) if z is None else z
             grads = self._autograd.generator_gradients(z, real, labels, self._g.params, self._measured["g_loss"])

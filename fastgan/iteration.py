@@ -30,6 +30,7 @@ from fastgan.steps import Call
 if TYPE_CHECKING:
     from fastgan.data.resident import ResidentFeed
     from fastgan.kernels._launch import Launch
+    from fastgan.kernels.inputs import Draw
 
 Tensor = torch.Tensor
 
@@ -52,10 +53,8 @@ class Parts:
         d, g: the players' updates; ``g`` is ``None`` where fakes are given.
         counts: of the engine.
         seed: of all noise.
-        latent: size.
         ring: takes the figures of each iteration.
         loss_scale: of fp16.
-        draw: makes the call that fills tensors with noise.
     """
 
     planner: Planner
@@ -63,19 +62,8 @@ class Parts:
     g: Updater | None
     counts: Counts
     seed: int
-    latent: int
     ring: Ring
     loss_scale: LossScale | None
-
-
-@dataclass(frozen=True)
-class Noise:
-    """One tensor of noise: ``out [rows, ...]``, filled with the numbers of a stream at a counter's step."""
-
-    out: Tensor
-    kind: str
-    stream: Stream
-    step: Tensor
 
 
 def _as_launch(call: Call) -> Launch:
@@ -182,20 +170,20 @@ class Iteration:
         parts, counts = self.parts, self.parts.counts
         plans = [joint[1]] if joint is not None else []
         plans += [self._plan(phase) for phase in phases[len(plans) :]]
-        draws: list[Noise] = []
+        draws: list[Draw] = []
         forward: Plan | None = None
         if joint is not None:
             forward = joint[0]
             z = forward.inputs["z"]
             draws += [
-                Noise(z[self.batch :], "normal", Stream.D_LATENT, counts.d_updates),
-                Noise(z[: self.batch], "normal", Stream.G_LATENT, counts.g_updates),
+                self._draw(z[self.batch :], Stream.D_LATENT, counts.d_updates),
+                self._draw(z[: self.batch], Stream.G_LATENT, counts.g_updates),
             ]
         elif parts.g is not None and "fake" in plans[0].inputs:
             forward = parts.planner.fakes(plans[0], self.batch)
             if forward is None:
                 raise LookupError(f"the generator's forward pass: {parts.planner.why_no_fakes(self.batch)}")
-            draws.append(Noise(forward.inputs["z"], "normal", Stream.D_LATENT, counts.d_updates))
+            draws.append(self._draw(forward.inputs["z"], Stream.D_LATENT, counts.d_updates))
         first: dict[str, Tensor] = {}
         copies: list[Call] = []
         for plan in plans:
@@ -206,9 +194,9 @@ class Iteration:
                 else:
                     copies.append(steps.copy(first[source].view(place.shape), place))
         if "alpha" in first:
-            draws.append(Noise(first["alpha"].view(-1, 1), "uniform", Stream.ALPHA, counts.d_updates))
+            draws.append(self._draw(first["alpha"].view(-1, 1), Stream.ALPHA, counts.d_updates, "uniform"))
         if "delta" in first:
-            draws.append(Noise(first["delta"].flatten(1), "normal", Stream.PERTURBATION, counts.d_updates))
+            draws.append(self._draw(first["delta"].flatten(1), Stream.PERTURBATION, counts.d_updates))
         self._last_real = self._slot(first["real"], own_slot)
         self._inputs(draws, self._last_real)
         if self.feed is None:
@@ -234,7 +222,7 @@ class Iteration:
             plan = joint[2]
         else:
             plan = self._plan(phase)
-            self._inputs([Noise(plan.inputs["z"], "normal", Stream.G_LATENT, parts.counts.g_updates)], None)
+            self._inputs([self._draw(plan.inputs["z"], Stream.G_LATENT, parts.counts.g_updates)], None)
             if compares:
                 source = self._last_real
                 self._add(steps.copy(source.view(plan.inputs["real"].shape), plan.inputs["real"]))
@@ -262,16 +250,21 @@ class Iteration:
         """Where samples come in: the plan's own memory, or memory apart from it."""
         return torch.zeros_like(place) if own else place
 
-    def _inputs(self, draws: Sequence[Noise], real: Tensor | None) -> None:
-        from fastgan.kernels.inputs import Draw, inputs_launch
+    def _draw(self, out: Tensor, stream: Stream, step: Tensor, kind: str = "normal") -> Draw:
+        """Noise at a counter's step."""
+        from fastgan.kernels.inputs import Draw
+
+        return Draw(out, step, self.parts.seed, int(stream), kind)
+
+    def _inputs(self, draws: Sequence[Draw], real: Tensor | None) -> None:
+        from fastgan.kernels.inputs import inputs_launch
         from fastgan.kernels.sample_rows import sample_rows_launch
 
         rows = None
         if self.feed is not None and real is not None:
             rows = self.feed.arguments(real.view(self.batch, *self.feed.dataset.shape))
         if draws:
-            made = [Draw(d.out, d.step, self.parts.seed, int(d.stream), d.kind) for d in draws]
-            self._add(inputs_launch(made, rows))
+            self._add(inputs_launch(draws, rows))
         elif rows is not None:
             self._add(sample_rows_launch(rows))
 

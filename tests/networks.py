@@ -241,3 +241,14 @@ class Conditional(nn.Module):
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self.body(torch.cat([x, self.embed(labels)], 1))
+
+
+def parameters(e: Any) -> list[torch.Tensor]:
+    """Of an engine's networks, the averaged one included."""
+    return [p.detach() for n in (e.generator, e.discriminator, e.generator_ema) for p in n.parameters()]
+
+
+def distance(a: Any, b: Any) -> float:
+    """The largest difference of two engines' parameters."""
+    pairs = zip(parameters(a), parameters(b), strict=True)
+    return max((p.double() - q.double()).abs().max().item() for p, q in pairs)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import distance
 from torch import nn
 
 import fastgan
@@ -123,21 +124,6 @@ def batches(e: Engine, n: int, rows: int = 6) -> Iterator[torch.Tensor]:
     for i in range(n):
         noise = torch.Generator().manual_seed(i)
         yield torch.randn(rows * e.n_critic, *(e.sample_shape or ()), generator=noise).to(e.device, e.dtype)
-
-
-def parameters(e: Engine) -> list[torch.Tensor]:
-    return [p.detach() for n in (e.generator, e.discriminator, e.generator_ema) for p in n.parameters()]
-
-
-def distance(a: Engine, b: Engine) -> float:
-    pairs = zip(parameters(a), parameters(b), strict=True)
-    return max((p.double() - q.double()).abs().max().item() for p, q in pairs)
-
-
-def launched(e: Engine) -> list[Any]:
-    """The calls of the engine's only variant."""
-    (variant,) = e._executor._variants.values()
-    return variant.iterations[0].calls
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -257,6 +243,21 @@ def test_single_updates_on_kernels_take_given_noise(device: torch.device) -> Non
         kernels.step(real)
         plain.step(real)
     assert distance(plain, kernels) < 1e-12
+
+
+def test_one_player_may_have_a_torch_optimiser(device: torch.device) -> None:
+    ends = []
+    for backend, player in itertools.product(("reference", "triton"), ("g", "d")):
+        torch.manual_seed(0)
+        g, d = (n.double().to(device) for n in mlp())
+        theirs = torch.optim.Adam((g if player == "g" else d).parameters(), lr=torch.tensor(1e-3), fused=True)
+        e = Engine(g, d, latent=5, seed=3, backend=backend, device=device, **{f"{player}_optimizer": theirs})
+        for real in batches(e, 2):
+            e.d_step(real)
+            e.g_step()
+        ends.append(e)
+    for plain, kernels in zip(ends[:2], ends[2:], strict=True):
+        assert distance(plain, kernels) < 1e-12
 
 
 def test_given_fakes_take_the_place_of_the_generators(device: torch.device) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from networks import distance, parameters
 from torch import nn
 
 from fastgan import Adam, Engine
@@ -54,15 +55,6 @@ def batches(e: Engine, n: int, rows: int = 12) -> list[torch.Tensor]:
     return [torch.randn(rows * e.n_critic, 10, generator=noise).to(e.device, e.dtype) for _ in range(n)]
 
 
-def state(e: Engine) -> list[torch.Tensor]:
-    return [p.detach() for n in (e.generator, e.discriminator, e.generator_ema) for p in n.parameters()]
-
-
-def distance(a: Engine, b: Engine) -> float:
-    pairs = zip(state(a), state(b), strict=True)
-    return max((p.double() - q.double()).abs().max().item() for p, q in pairs)
-
-
 def calls(e: Engine) -> list[Any]:
     (variant,) = e._executor._variants.values()
     return variant.iterations[0].calls
@@ -72,13 +64,13 @@ def calls(e: Engine) -> list[Any]:
 def test_iterations_equal_those_of_single_launches(name: str, device: torch.device) -> None:
     single, persistent = (engine(torch.float64, device, executor=kind, **CASES[name])
                           for kind in ("eager", "persistent"))  # fmt: skip
-    start = [p.clone() for p in state(single)]
+    start = [p.clone() for p in parameters(single)]
     for real in batches(single, 3 if single.n_critic == 1 else 2):
         for e in (single, persistent):
             e.step(real)
         assert distance(single, persistent) < 1e-12
     assert persistent.metrics() == pytest.approx(single.metrics(), rel=1e-12, nan_ok=True)
-    assert all((p - q).abs().max() > 1e-3 for p, q in zip(state(single)[:10], start, strict=False))  # it trains
+    assert all((p - q).abs().max() > 1e-3 for p, q in zip(parameters(single)[:10], start, strict=False))  # it trains
     if device.type == "cpu":
         phases = calls(persistent)
         assert len(phases) == len(calls(single)) > 10
