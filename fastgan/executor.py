@@ -73,9 +73,7 @@ class Variant:
         for i, (real, labels, fake) in enumerate(batches):
             for places, value in ((self.real, real), (self.labels, labels), (self.fake, fake)):
                 if value is not None and i < len(places):
-                    places[i].copy_(
-                        value.view(places[i].shape) if value.is_contiguous() else value.reshape(places[i].shape)
-                    )
+                    places[i].copy_(value.reshape(places[i].shape))
 
     def run(self, times: int = 1) -> None:
         """Run it so many times."""

@@ -21,13 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastgan import driver
-from fastgan.errors import InputError
 
 Tensor = torch.Tensor
 Body = Callable[[], None]
 
 _WARM_UPS = 3  # runs before a recording: libraries choose algorithms and make workspaces in the first ones
-_VARIANTS = 16  # recordings that are kept; a graph is never destroyed while others that share its stream may run
+_VARIANTS = 16  # recordings in use
 
 READS_BACK = {
     f"aten::{name}"
@@ -79,7 +78,7 @@ class Watch(TorchDispatchMode):
 
     def _noting(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            self._note(f"{name} waits for the device", args)
+            self._note(f"{name} waits for the device")
             return original(*args, **kwargs)
 
         return call
@@ -87,16 +86,16 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if (name := reads_back(func, args)) is not None:
-            self._note(f"{name} waits for the device", args)
+            self._note(f"{name} waits for the device")
         elif not func.is_view:
             given, made = _devices((args, kwargs)), _devices(out)
             if "cuda" in given and "cpu" in made:
-                self._note(f"{func._schema.name} copies to the host", args)
+                self._note(f"{func._schema.name} copies to the host")
             elif "cpu" in given and "cuda" in made and "cuda" not in given:
-                self._note(f"{func._schema.name} copies from the host", args)
+                self._note(f"{func._schema.name} copies from the host")
         return out
 
-    def _note(self, what: str, args: Any) -> None:
+    def _note(self, what: str) -> None:
         if line := _users_line():
             what = f"{what}, called at {line}"
         if what not in self.found:
@@ -206,6 +205,7 @@ class Graphs:
         self.recorder, self.device = recorder, device
         self._state = state
         self._recordings: dict[Hashable, Recording] = {}
+        self._retired: list[Recording] = []  # kept: destroying one while others of its stream live can crash
 
     def find(self, key: Hashable, body: Body) -> Recording | str:
         """The recording of a variant, made if need be; or why it cannot be recorded."""
@@ -219,9 +219,8 @@ class Graphs:
         return made
 
     def clear(self) -> None:
-        """Forget all recordings: memory that they work on is no longer what it was."""
-        if self._recordings and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        """Use no recording any more: memory that they work on is no longer what it was."""
+        self._retired += self._recordings.values()
         self._recordings.clear()
         self.recorder.forget()
 
@@ -236,8 +235,6 @@ class Graphs:
                 body()
         try:
             return self.recorder.record(body)
-        except InputError:
-            raise
         except RuntimeError as e:  # of what no dispatch shows
             self.recorder.forget()
             while isinstance(e.__context__, RuntimeError):  # ending a recording that has failed fails too
