@@ -33,6 +33,7 @@ from torch.func import functional_call
 import fastgan
 from bench.conditions import RESULTS, conditions, interleaved, write
 from fastgan.penalties import R1, R2, GradientPenalty
+from fastgan.validate import margin
 
 Critic = Callable[[torch.Tensor], torch.Tensor]
 Networks = tuple[nn.Module, nn.Module, int, tuple[int, ...]]  # generator, discriminator, latent, shape of a sample
@@ -320,21 +321,6 @@ VARIANTS: dict[str, Callable[..., Variant]] = {
 
 
 # ---- is it right?
-
-
-def margin(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """How far each row stays from the kinks of the activations, where fp32 may fall on the other side."""
-    least: list[torch.Tensor] = []
-    hooks = [
-        m.register_forward_hook(lambda m, args, out: least.append(args[0].flatten(1).abs().amin(1)))
-        for m in net.modules()
-        if isinstance(m, nn.ReLU | nn.LeakyReLU)
-    ]
-    with torch.no_grad():
-        net(x)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(least).amin(0)
 
 
 def given(work: Work, g: nn.Module, d: nn.Module, latent: int, shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:

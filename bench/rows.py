@@ -243,15 +243,26 @@ def kernels(context: Context) -> None:
             context.part(f"{name}, {label}", partial(counted, s, make))
 
 
-def counted(s: Setting, make: Callable[[Setting], Way]) -> dict[str, Any]:
+def made(s: Setting, make: Callable[[Setting], Way]) -> Way:
+    """One way, or a skip that says why there is none."""
     import fastgan
 
     try:
-        way = make(s)
+        return make(s)
     except fastgan.InputError as e:
         raise Skip(str(e)) from e
+
+
+def warm(s: Setting, make: Callable[[Setting], Way]) -> Way:
+    """The same, run a few times."""
+    way = made(s, make)
     for _ in range(3):
         way.run()
+    return way
+
+
+def counted(s: Setting, make: Callable[[Setting], Way]) -> dict[str, Any]:
+    way = warm(s, make)
     found: dict[str, Any] = {"by profiler": profiled(way.run, s.device)}
     if way.graph is not None:
         found["by driver"] = graph_nodes(way.graph)
@@ -311,13 +322,8 @@ def drift(context: Context) -> None:
 
 def apart(context: Context, a: Callable[..., Way], b: Callable[..., Way], steps: int) -> dict[str, Any]:
     """Distance of all parameters after so many iterations, at powers of ten."""
-    import fastgan
-
     s = setting(context, "wgan-gp iteration", batches(context)[0], "fp32")
-    try:
-        ways = [make(s) for make in (a, b)]
-    except fastgan.InputError as e:
-        raise Skip(str(e)) from e
+    ways = [made(s, make) for make in (a, b)]
     start = [p.detach().clone() for net in ways[0].networks for p in net.parameters()]
     found: dict[str, Any] = {"steps": 0}
     at = 1
@@ -352,7 +358,6 @@ def memory(context: Context) -> None:
 
 def peak(context: Context, make: Callable[[Setting], Way], precision: str) -> dict[str, float]:
     """Bytes by torch's allocator: the most that lives in three updates, less the batch."""
-    import fastgan
 
     def networks() -> Networks:
         g, d = bench_memory.networks()
@@ -362,12 +367,7 @@ def peak(context: Context, make: Callable[[Setting], Way], precision: str) -> di
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    try:
-        way = make(s)
-    except fastgan.InputError as e:
-        raise Skip(str(e)) from e
-    for _ in range(3):
-        way.run()
+    _way = warm(s, make)  # held while memory is read
     wait(context.device)
     held = torch.cuda.max_memory_allocated() - before
     return {"peak_bytes": held, "in_layers": held / bench_memory.UNIT, "reserved_bytes": torch.cuda.memory_reserved()}

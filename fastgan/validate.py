@@ -263,7 +263,7 @@ def _randomise(*networks: nn.Module) -> None:
             p.normal_(0.0, 1.5 / max(1, p[0].numel()) ** 0.5 if p.ndim > 1 else 0.5)
 
 
-def _margin(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def margin(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """How far each row stays from the kinks of the activations."""
     least = [torch.full((len(x),), math.inf, dtype=x.dtype)]
     hooks = [
@@ -293,7 +293,7 @@ def _drawn(pair: Pair, seed: int) -> tuple[nn.Module, nn.Module, int, dict[str, 
         real = torch.rand(fake.shape) * 2 - 1
     weight = alpha.double().view(-1, *[1] * (real.ndim - 1))
     points = (real.double(), fake, weight * real.double() + (1 - weight) * fake, fake_g)
-    far = torch.stack([_margin(d, x) for x in points] + [_margin(g, y.double()) for y in (z, z_g)]).amin(0)
+    far = torch.stack([margin(d, x) for x in points] + [margin(g, y.double()) for y in (z, z_g)]).amin(0)
     rows = far.topk(_ROWS).indices
     return g, d, latent, {"real": real[rows], "z": z[rows], "alpha": alpha[rows], "z_g": z_g[rows]}
 
