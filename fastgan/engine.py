@@ -545,7 +545,7 @@ class Engine:
         due = [tuple(tuple(self._due(i * self.n_critic + k)) for k in range(self.n_critic)) for i in range(iterations)]
         self._feed = feed if feed is not None else self._feed
         variant = self._executor.find(
-            (batch, labelled, tuple(due), feed, self._settings()), lambda: self._lay_out(batch, due, feed),
+            (batch, labelled, tuple(due), feed, self.seed, self._settings()), lambda: self._lay_out(batch, due, feed),
             lambda: self._updates_one_by_one(batch, due, labelled, feed), self._why_unrecorded(),
         )  # fmt: skip
         if not variant.iterations and variant.recording is not None:
@@ -1150,9 +1150,8 @@ class Engine:
                 penalty.copy_(saved)
             self._loss_scale.scale.copy_(state["loss_scale"]["scale"])
             self._loss_scale.good_steps.copy_(state["loss_scale"]["good_steps"])
-        theirs = any(u.optimizer is not None for u in (self._g, self._d) if u is not None)
-        if self._executor is not None and (theirs or self.seed != int(state["seed"])):
-            self._executor.clear()  # launches hold the seed, and recordings the state of a torch optimiser
+        if self._executor is not None and any(u.optimizer is not None for u in (self._g, self._d) if u is not None):
+            self._executor.clear()  # recordings hold the state of a torch optimiser, which is replaced
         self.seed = int(state["seed"])
         torch.set_rng_state(state["torch_rng"]["cpu"].cpu())
         if self.device.type == "cuda" and "cuda" in state["torch_rng"]:

@@ -51,6 +51,7 @@ class Variant:
         labels, fake: the same for labels and given fakes.
         iterations: lists of launches, run one after another; none where updates run one by one.
         recording: the graph, or ``None``.
+        at_once: whether nothing has to come between two replays.
         batch: samples of an update.
         kept: what the recording works on and nothing else may hold.
         why_updates: why it is not a list of launches.
@@ -63,6 +64,7 @@ class Variant:
     body: Callable[[], None] = lambda: None
     iterations: Sequence[Iteration] = ()
     recording: Recording | None = None
+    at_once: bool = False
     batch: int = 0
     kept: Sequence[object] = ()
     why_updates: str | None = None
@@ -77,8 +79,7 @@ class Variant:
 
     def run(self, times: int = 1) -> None:
         """Run it so many times."""
-        at_once = bool(self.iterations) and all(i.repeats for i in self.iterations)
-        if self.recording is not None and at_once:
+        if self.recording is not None and self.at_once:
             self.recording.replay(times)
             return
         for _ in range(times):
@@ -162,7 +163,10 @@ class Executor:
             for iteration in made:
                 iteration.run()
 
-        return Variant(real=made[0].real, fake=made[0].fake, body=body, iterations=made, batch=made[0].batch)
+        return Variant(
+            real=made[0].real, fake=made[0].fake, body=body, iterations=made, batch=made[0].batch,
+            at_once=all(iteration.repeats for iteration in made),
+        )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("an executor holds addresses: the engine makes its own")

@@ -260,6 +260,15 @@ def test_one_player_may_have_a_torch_optimiser(device: torch.device) -> None:
         assert distance(plain, kernels) < 1e-12
 
 
+def test_another_seed_is_other_noise(device: torch.device) -> None:
+    plain, kernels = (engine(mlp, backend=b, device=device) for b in ("reference", "triton"))
+    for e in (plain, kernels):
+        e.step(next(batches(e, 1)))
+        e.seed = 77
+        e.step(next(batches(e, 1)))
+    assert distance(plain, kernels) < 1e-12
+
+
 def test_given_fakes_take_the_place_of_the_generators(device: torch.device) -> None:
     plain, kernels = (engine(mlp, backend=b, device=device) for b in ("reference", "triton"))
     for real in batches(plain, 2):
