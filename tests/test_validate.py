@@ -108,7 +108,7 @@ def test_rows_stay_off_the_kinks_and_all_terms_count() -> None:
     assert (with_penalty - without).abs().max() > 0.1 * without.abs().max()
     _, d, _, given = validate._drawn(by_name["wgan-gp"], 0)
     real = given["real"].double()
-    assert validate._margin(d, real).min() > 0.02
+    assert validate.margin(d, real).min() > 0.02
     assert torch.equal(given["real"], validate._drawn(by_name["wgan-gp"], 0)[3]["real"])
 
 
