@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bench.sections import Context
-from bench.timing import median_us
+from fastgan.benchmark.timing import median_us
 
 _NODES, _BARRIERS = 1000, (100, 1100)
 

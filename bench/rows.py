@@ -21,7 +21,7 @@ from bench.bench_closed_form import PLAIN, WGAN_GP, Kind, Networks, Work, gflop,
 from bench.conditions import conditions
 from bench.rivals import Setting, Way
 from bench.sections import Context, Skip, last_line
-from bench.timing import BLOCK_S, interleaved, wait
+from fastgan.benchmark.timing import BLOCK_S, interleaved, wait
 
 WGAN = dataclasses.replace(WGAN_GP, autograd=PLAIN.autograd, closed=PLAIN.closed)  # no penalty: other products
 

@@ -25,7 +25,7 @@ import torch
 
 from bench.ceilings import captured
 from bench.sections import NO_CUDA, Context, last_line
-from bench.timing import interleaved, wait
+from fastgan.benchmark.timing import interleaved, wait
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 BATCHES = (64, 256, 1024)
