@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,10 +26,10 @@ def block(run: Callable[[], object], calls: int, device: torch.device) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-def interleaved(
+def rounds_us(
     runs: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, deadline: float = float("inf")
-) -> dict[str, dict[str, float]]:
-    """Microseconds per call by name: median, p20 and p80 over rounds in which every variant has one block.
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Microseconds per call in every round, in which each variant has one block of calls; and the calls of a block.
 
     Args:
         runs: what is timed.
@@ -47,11 +47,32 @@ def interleaved(
             break
         for name, run in runs.items():
             times[name].append(block(run, calls[name], device) * 1e6)
-    table = {}
-    for name, t in times.items():
-        p20, median, p80 = np.percentile(t, (20, 50, 80)).tolist()
-        table[name] = {"median_us": median, "p20_us": p20, "p80_us": p80, "calls": calls[name], "rounds": len(t)}
-    return table
+    return times, calls
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, deadline: float = float("inf")
+) -> dict[str, dict[str, float]]:
+    """Microseconds per call by name: median, p20 and p80 over the rounds of :func:`rounds_us`."""
+    times, calls = rounds_us(runs, device, rounds, deadline)
+    return {name: {**quantiles(t), "calls": calls[name]} for name, t in times.items()}
+
+
+def quantiles(times_us: Sequence[float]) -> dict[str, float]:
+    """Median, p20, p80 and number of times."""
+    p20, median, p80 = np.percentile(times_us, (20, 50, 80)).tolist()
+    return {"median_us": median, "p20_us": p20, "p80_us": p80, "rounds": len(times_us)}
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> tuple[float, float]:
+    """Median of the ratios of two variants' times round by round, and its noise.
+
+    The noise is relative: how far the median of a fifth of the rounds lies from that of all, at most.
+    """
+    found = np.asarray(over) / np.asarray(under)
+    whole = float(np.median(found))
+    parts = [float(np.median(part)) for part in np.array_split(found, min(5, len(found)))]
+    return whole, max(abs(part / whole - 1) for part in parts)
 
 
 def median_us(run: Callable[[], object], device: torch.device, rounds: int = 20) -> float:
