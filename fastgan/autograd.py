@@ -11,6 +11,7 @@ from torch import nn
 from fastgan.arithmetic import Arithmetic
 from fastgan.errors import InputError
 from fastgan.losses import Loss
+from fastgan.marks import during, mark
 from fastgan.penalties import Penalty, Perturbing, Place
 from fastgan.phases import Phase
 
@@ -50,6 +51,7 @@ class Autograd:
         self.dtype, self.packed, self.scale = dtype, packed, scale
         self.sigmoid: nn.Module | None = None
 
+    @during("fakes")
     def fakes(self, z: Tensor, labels: Tensor | None) -> Tensor:
         """Samples of the generator without gradient."""
         assert self.generator is not None
@@ -74,19 +76,21 @@ class Autograd:
         """Gradients of a discriminator's phase; writes figures to ``measured``, the penalty under its interval."""
         adversarial = penalty = None
         if phase.adversarial:
-            with self.arithmetic.reduced():
-                r, f = points.logits("real"), points.logits("fake")
-            adversarial = self.loss.discriminator(r, f).mean()
-            for name, value in (("d_loss", adversarial), ("d_real", r.mean()), ("d_fake", f.mean())):
-                measured[name].copy_(value.detach())
+            with mark("D forward"):
+                with self.arithmetic.reduced():
+                    r, f = points.logits("real"), points.logits("fake")
+                adversarial = self.loss.discriminator(r, f).mean()
+                for name, value in (("d_loss", adversarial), ("d_real", r.mean()), ("d_fake", f.mean())):
+                    measured[name].copy_(value.detach())
         if phase.penalties:
             # logits are shared where their precision allows
             points = points if self.arithmetic.is_full else Points(self, points.samples, points.differentiated)
-            with self.arithmetic.full():
+            with mark("penalty"), self.arithmetic.full():
                 penalty = torch.stack([p.rows(points.gradient(p)).mean() for p in phase.penalties]).sum()
             measured[phase.every].copy_(penalty.detach())
             penalty = penalty * phase.every if phase.every > 1 else penalty
-        return self._differentiate(adversarial, penalty, params)
+        with mark("D backward"):
+            return self._differentiate(adversarial, penalty, params)
 
     @torch.enable_grad()
     def generator_gradients(
@@ -95,14 +99,16 @@ class Autograd:
         """Gradients of the generator's update; its loss is written to ``measured``."""
         assert self.generator is not None
         r = None
-        if real is not None:
-            with torch.no_grad(), self.arithmetic.reduced():
-                r = self.critic(real, labels)
-        with self.arithmetic.reduced():
-            f = self.critic(self.generator(*_with(z, labels)), labels)
-        loss = self.loss.generator(f, r).mean()
-        measured.copy_(loss.detach())
-        return self._differentiate(loss, None, params)
+        with mark("G forward"):
+            if real is not None:
+                with torch.no_grad(), self.arithmetic.reduced():
+                    r = self.critic(real, labels)
+            with self.arithmetic.reduced():
+                f = self.critic(self.generator(*_with(z, labels)), labels)
+            loss = self.loss.generator(f, r).mean()
+            measured.copy_(loss.detach())
+        with mark("G backward"):
+            return self._differentiate(loss, None, params)
 
     def _differentiate(self, adversarial: Tensor | None, penalty: Tensor | None, params: Sequence[Tensor]) -> Grads:
         """In full precision the gradient of the sum, otherwise of each part in its own precision."""

@@ -32,6 +32,7 @@ from fastgan.ema import EMA, Average
 from fastgan.errors import InputError, unknown
 from fastgan.executor import Executor, Kind, Variant
 from fastgan.iteration import Counts, Iteration, Parts
+from fastgan.marks import during, entry, mark
 from fastgan.noise import Stream
 from fastgan.optim import Adam, Updater
 from fastgan.penalties import Penalty
@@ -325,6 +326,7 @@ class Engine:
 
     # ---- noise and inputs
 
+    @during("noise")
     def _latents(
         self, batch: int, stream: Stream, step: noise.Step, *, first_row: int = 0, seed: int | None = None,
         dtype: torch.dtype | None = None,
@@ -372,7 +374,8 @@ class Engine:
             raise InputError(f"{what}: real has dtype {real.dtype}, expected floating point")
         if len(real) % self.packed:
             raise InputError(f"{what}: real has {len(real)} rows, expected a multiple of pac = {self.packed}")
-        return real.detach().to(self.device, self.dtype)
+        with mark("copy"):
+            return real.detach().to(self.device, self.dtype)
 
     def _labels(self, what: str, labels: torch.Tensor | None, batch: int) -> torch.Tensor | None:
         if not self.n_classes:
@@ -393,6 +396,7 @@ class Engine:
 
     # ---- training
 
+    @entry
     def step(
         self,
         real: torch.Tensor | Iterator[Batch],
@@ -425,6 +429,7 @@ class Engine:
             self.g_step(real=x if self.loss.compares else None, labels=y)
         self._remember()
 
+    @during("metrics")
     def _remember(self) -> None:
         """Put the figures into the ring."""
         ring = self._ring
@@ -432,6 +437,7 @@ class Engine:
         ring.rows.index_copy_(0, self._row.view(1), ring.values.view(1, -1))
         ring.slot.add_(1)
 
+    @entry
     def run(self, feed: Iterator[Batch], iterations: int) -> None:
         """Many iterations; on a feed that lies on the GPU several of them are one replay of a graph.
 
@@ -480,7 +486,8 @@ class Engine:
             raise InputError(f"step: fake is {_shape(fake)}, expected the shape of real, which must be a tensor")
         fakes = iter(fake.chunk(self.n_critic) if fake is not None else ())
         for _ in range(self.n_critic):
-            batch = next(batches, None)
+            with mark("data"):
+                batch = next(batches, None)
             if batch is None:
                 raise InputError(f"step: the feed ended; an iteration takes n_critic = {self.n_critic} batches")
             x, *rest = batch if isinstance(batch, tuple | list) else (batch,)
@@ -501,7 +508,8 @@ class Engine:
         if any(len(x) != batch for x, *_ in batches):
             raise InputError(f"step: the batches have {[len(x) for x, *_ in batches]} rows, expected equal numbers")
         variant = self._variant(batch, batches[0][1] is not None)
-        variant.load(batches)
+        with mark("copy"):
+            variant.load(batches)
         self._run_variant(variant, batch, 1)
 
     def _run_on_feed(self, feed: ResidentFeed, iterations: int) -> None:
@@ -619,7 +627,8 @@ class Engine:
                 for i, phases in enumerate(iteration):
                     labels, fake = (places[i] if places else None for places in (variant.labels, variant.fake))
                     if feed is not None:
-                        feed.draw(variant.real[i], labels)
+                        with mark("data"):
+                            feed.draw(variant.real[i], labels)
                     self._update_discriminator(phases, variant.real[i], fake, labels)
                 if self.generator is not None:
                     labels = variant.labels[-1] if variant.labels else None
@@ -677,6 +686,7 @@ class Engine:
         """The setting of torch's fp32 products in plans."""
         return "high" if self.precision == "tf32" else "highest"
 
+    @entry
     def d_step(
         self,
         real: torch.Tensor,
@@ -792,6 +802,7 @@ class Engine:
         self._run(forward)
         return first.inputs["fake"].view(batch, *(self.sample_shape or ()))
 
+    @during("noise")
     def _load_latents(
         self, place: torch.Tensor, z: torch.Tensor | None, stream: Stream, step: int | torch.Tensor
     ) -> None:
@@ -804,6 +815,7 @@ class Engine:
             raise InputError(f"z has shape {_shape(z)}, expected {_shape(place)}")
         place.copy_(z)
 
+    @during("noise")
     def _draw(self, samples: Samples, due: Sequence[Phase], plans: Sequence[Plan | None]) -> None:
         """Noise that penalties need and that was not given; into the first plan that takes it."""
         places = {penalty.place for phase in due for penalty in phase.penalties}
@@ -821,6 +833,7 @@ class Engine:
             samples.delta = flat.view_as(real)
 
     @staticmethod
+    @during("copy")
     def _load(plan: Plan, samples: Samples) -> None:
         for name, place in plan.inputs.items():
             value = getattr(samples, name.split()[0])
@@ -834,6 +847,7 @@ class Engine:
         with self._arithmetic.matmul(self._products):
             plan.run()
 
+    @entry
     def g_step(
         self,
         z: torch.Tensor | None = None,
@@ -900,6 +914,7 @@ class Engine:
 
     # ---- what came of it
 
+    @entry
     def metrics(self) -> dict[str, float]:
         """Figures of the last updates; the only call that waits for the device.
 
@@ -913,6 +928,7 @@ class Engine:
         *figures, skips = torch.cat([self._figures.double(), skipped.double().view(1)]).tolist()
         return {**self._named(figures), "skipped_steps": skips}
 
+    @entry
     def history(self) -> list[dict[str, float]]:
         """Figures of the last iterations of :meth:`step` and :meth:`run`, at most 64, the newest last; waits.
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastgan import steps
+from fastgan import marks, steps
 from fastgan.adam import LossScale, Ring
 from fastgan.noise import Stream
 from fastgan.optim import Updater
@@ -91,6 +91,8 @@ class Iteration:
 
     Attributes:
         calls: in order; they take nothing.
+        phases: of each call, from :data:`fastgan.marks.PHASES`.
+        costs: FLOPs of each call, and the bytes it reads and writes, where a plan says so.
         real: places for real samples, ``[B, ...]`` for each discriminator update, in the data's dtype; empty where a
             feed fills them.
         fake: the same for given fakes, where there is no generator.
@@ -116,6 +118,8 @@ class Iteration:
         """
         self.parts, self.batch, self.feed = parts, batch, feed
         self.calls: list[Call] = []
+        self.phases: list[str] = []
+        self.costs: list[tuple[int, int]] = []
         self.real: list[Tensor] = []
         self.fake: list[Tensor] = []
         self.active: dict[Updater, tuple[bool, ...]] = {}
@@ -149,6 +153,9 @@ class Iteration:
 
     def run(self) -> None:
         """Make every call."""
+        if marks.listener is not None:
+            marks.listener.run(self)
+            return
         for call in self.calls:
             call()
 
@@ -161,6 +168,7 @@ class Iteration:
         from fastgan.kernels.persistent import persistent_launches
 
         self.calls = [*persistent_launches([_as_launch(call) for call in self.calls], device=device)]
+        self.phases, self.costs = ["graph replay"] * len(self.calls), [(0, 0)] * len(self.calls)
 
     # ---- the players
 
@@ -208,9 +216,8 @@ class Iteration:
             if self.fake[-1] is not first["fake"]:
                 copies.insert(0, steps.copy(self.fake[-1], first["fake"]))
         if forward is not None:
-            self._add(*forward.program.calls)
-            self._kept.append(forward)
-        self._add(*copies)
+            self._add_plan(forward)
+        self._add("copy", *copies)
         for phase, plan in zip(phases, plans, strict=True):
             final = phase is phases[-1]
             self._update(parts.d, plan, [(counts.d_updates, 1), (counts.images, self.batch)] * final, final and last)
@@ -225,14 +232,13 @@ class Iteration:
             self._inputs([self._draw(plan.inputs["z"], Stream.G_LATENT, parts.counts.g_updates)], None)
             if compares:
                 source = self._last_real
-                self._add(steps.copy(source.view(plan.inputs["real"].shape), plan.inputs["real"]))
+                self._add("copy", steps.copy(source.view(plan.inputs["real"].shape), plan.inputs["real"]))
         self._update(parts.g, plan, [(parts.counts.g_updates, 1)], True)
 
     def _update(self, updater: Updater, plan: Plan, advance: list[tuple[Tensor, int]], ring: bool) -> None:
-        self._add(*plan.program.calls)
-        self._kept.append(plan)
+        self._add_plan(plan)
         self.active[updater] = plan.active(updater.params)
-        self._add(*updater.calls(
+        self._add("optimiser", *updater.calls(
             self.active[updater], squares=plan.squares, loss_scale=self.parts.loss_scale, advance=advance,
             ring=self.parts.ring if ring else None,
         ))  # fmt: skip
@@ -264,9 +270,17 @@ class Iteration:
         if self.feed is not None and real is not None:
             rows = self.feed.arguments(real.view(self.batch, *self.feed.dataset.shape))
         if draws:
-            self._add(inputs_launch(draws, rows))
+            self._add("noise" if rows is None else "data", inputs_launch(draws, rows))
         elif rows is not None:
-            self._add(sample_rows_launch(rows))
+            self._add("data", sample_rows_launch(rows))
 
-    def _add(self, *calls: Call) -> None:
+    def _add(self, phase: str, *calls: Call) -> None:
         self.calls += calls
+        self.phases += [phase] * len(calls)
+        self.costs += [(0, 0)] * len(calls)
+
+    def _add_plan(self, plan: Plan) -> None:
+        self.calls += plan.program.calls
+        self.phases += plan.phases
+        self.costs += plan.costs
+        self._kept.append(plan)

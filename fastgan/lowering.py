@@ -110,6 +110,7 @@ class _Lowering:
         self.out.kinds.append(self.source.kinds[i])
         self.out.steps.append(self.source.steps[i])
         self.out.costs.append(self.source.costs[i])
+        self.out.parts.append(self.source.parts[i])
         self.at += 1
 
     def _launch(self, launch: Any, calls: int) -> bool:
@@ -122,6 +123,7 @@ class _Lowering:
         self.out.kinds.append(kind)
         self.out.steps.append(None)
         self.out.costs.append((flops, sum(t.nbytes for t in launch.arguments.values() if isinstance(t, Tensor))))
+        self.out.parts.append(self.source.parts[max(taken, key=lambda i: self.source.costs[i])])  # the largest call's
         self.at += calls
         return True
 

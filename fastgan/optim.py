@@ -19,6 +19,7 @@ from fastgan.arena import Arena, obstacle
 from fastgan.backend import Backend
 from fastgan.ema import Average
 from fastgan.errors import InputError
+from fastgan.marks import during
 
 State = dict[str, Any]
 Active = tuple[bool, ...]
@@ -185,6 +186,7 @@ class Updater:
         """Without the pass, which holds addresses: a copy makes its own."""
         return self.__dict__ | {"_pass": None}
 
+    @during("optimiser")
     def apply(self, grads: Sequence[torch.Tensor | None]) -> None:
         """Make one update.
 
@@ -202,6 +204,7 @@ class Updater:
         self.grad_norm = self._state.grad_norm = grad_norm
         self._pass = None
 
+    @during("optimiser")
     def step(
         self,
         active: Active | None = None,

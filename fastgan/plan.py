@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from fastgan import losses, rules, steps
+from fastgan import losses, marks, rules, steps
 from fastgan.network import Activation, Affine, BatchNorm, Dropout, Layer, Linear, Network, Norm, Reshape
 from fastgan.penalties import DRAGAN, R1, R2, GradientPenalty, Penalty
 from fastgan.stack import Interpolation, Program, Segment, Stack
@@ -35,6 +35,7 @@ class Plan:
         trained: parameters whose gradient it writes.
         buffers: memory it holds; native calls know addresses alone.
         squares: partial sums of the squares of all gradients, where its kernels make them.
+        role: ``"D"`` or ``"G"``, whose update it is, or ``"fakes"``.
     """
 
     program: Program = field(default_factory=Program)
@@ -42,6 +43,7 @@ class Plan:
     trained: set[Tensor] = field(default_factory=set)
     buffers: list[Tensor] = field(default_factory=list)
     squares: Tensor | None = None
+    role: str = "D"
     _active: tuple[bool, ...] | None = None
 
     def active(self, params: Sequence[Tensor]) -> tuple[bool, ...]:
@@ -53,7 +55,33 @@ class Plan:
     @torch.no_grad()
     def run(self) -> None:
         """Make one update's gradients from the inputs."""
-        self.program.run()
+        if marks.listener is None:
+            self.program.run()
+        else:
+            marks.listener.run(self)
+
+    @property
+    def calls(self) -> Sequence[Callable[[], object]]:
+        """Of the program."""
+        return self.program.calls
+
+    @property
+    def phases(self) -> list[str]:
+        """Of :data:`fastgan.marks.PHASES`, one for each call."""
+        names = _PHASES[self.role]
+        return [names.get(part, names.get("other", part)) for part in self.program.parts]
+
+    @property
+    def costs(self) -> Sequence[tuple[int, int]]:
+        """Of the program."""
+        return self.program.costs
+
+
+_PHASES: dict[str, dict[str, str]] = {  # of a part; "other" is that of all that are not named
+    "D": {"forward": "D forward", "loss": "D forward"},
+    "G": {"forward": "G forward", "loss": "G forward", "copy": "copy", "other": "G backward"},
+    "fakes": {"forward": "fakes"},
+}
 
 
 @dataclass(frozen=True)
@@ -139,7 +167,7 @@ def _runs_reduced(layer: Layer) -> bool:
 
 def fakes(network: Network, batch: int, setting: Setting, output: Tensor) -> Plan:
     """The generator's forward pass into ``output [B, ...]``; input ``z``."""
-    plan = Plan()
+    plan = Plan(role="fakes")
     segments = [Segment("fake", slice(0, batch))]
     stack = _stack(plan, network, segments, setting, setting.reduced, output=output, spread=setting.kernels)
     rules.prepare(stack)
@@ -279,6 +307,7 @@ def _update(
             weights.fill_(1)
             scales.update({p: weights[rows[p]] for p in shared})
         logits = {p: s.value(out, rows[p]).reshape(-1) for p in with_loss}
+        program.part = "loss"
         logits, seeds, after = _in_full(s, setting.dtype, logits, scales)
         tensors = (logits["real"], logits["fake"], seeds["real"], seeds["fake"])
         figures = (metrics["d_loss"], metrics["d_real"], metrics["d_fake"])
@@ -287,6 +316,7 @@ def _update(
         after()
     ones = slice(s.chain, s.left) if split else s.tail
     if places:
+        program.part = "chain"
         program.add(steps.fill(s.adjoint(out, ones), 1))
     if split:
         rules.chain(s, ones, s.tail, below=True)
@@ -325,6 +355,7 @@ def _make_inputs(
     plan: Plan, s: Stack, rows: Mapping[str, slice], places: Mapping[str, list[Penalty]], alpha: Tensor, free: bool
 ) -> None:
     """The places that the caller fills, and the calls that form the samples of penalties."""
+    plan.program.part = "penalty"
     x = {p: s.value(0, r) for p, r in rows.items()}
     needed = {p for p in ("real", "fake") if p in rows}
     if "interpolated" in places:
@@ -371,7 +402,7 @@ def _penalise(
     g, r = s.adjoint(0, slice(s.left - s.n_tail, s.left)), s.tangent(0)
     count = sum(map(len, places.values()))
     values = s.new(count, dtype=setting.dtype)
-    k = 0
+    s.program.part, k = "penalty", 0
     for p, penalties in places.items():
         part = slice(rows[p].start - s.tail.start, rows[p].stop - s.tail.start)
         for j, penalty in enumerate(penalties):
@@ -422,7 +453,7 @@ def joint_updates(
     s = _update(d, critic, loss, penalties, every, batch, setting, setting.reduced, metrics, 1.0, before=n)
     if s.before is None or d.inputs["fake"].data_ptr() != s.before[n].data_ptr():
         return None
-    joint = Joint(s.before, Plan())
+    joint = Joint(s.before, Plan(role="fakes"))
     g = generator(network, critic, loss, False, batch, setting, metrics, joint)
     return joint.forward, d, g
 
@@ -443,7 +474,7 @@ def generator(
         metrics: the 0-dim tensor ``g_loss`` that is written.
         joint: takes the forward pass, which makes the samples of a discriminator's update too.
     """
-    plan, n, dtype = Plan(), batch // critic.packed, setting.reduced
+    plan, n, dtype = Plan(role="G"), batch // critic.packed, setting.reduced
     segments = [Segment("fake", slice(0, n))]
     if compares:
         segments.insert(0, Segment("real", slice(n, 2 * n)))
@@ -472,6 +503,7 @@ def generator(
     out = len(critic.layers)
     scales = {"fake": d.adjoint(out, fake).view(-1)}
     logits = {s.name: d.value(out, s.rows).reshape(-1) for s in segments}
+    plan.program.part = "loss"
     logits, seeds, after = _in_full(d, setting.dtype, logits, scales)
     real = logits.get("real")
     call = steps.generator_loss(loss, logits["fake"], real, seeds["fake"], metrics["g_loss"], setting.loss_scale)

@@ -736,6 +736,7 @@ RULES: dict[type[n.Layer], Rule] = {
 
 def prepare(s: Stack, *names: str) -> None:
     """Noise and power iterations of the segments of those names, or of all of them, in the reference's order."""
+    s.program.part = "forward"
     for k, segment in enumerate(s.segments):
         if not names or segment.name in names:
             for i, layer in enumerate(s.network.layers):
@@ -744,6 +745,7 @@ def prepare(s: Stack, *names: str) -> None:
 
 def forward(s: Stack) -> None:
     """Values of all rows, with what :func:`prepare` has made ready."""
+    s.program.part = "forward"
     for i, layer in enumerate(s.network.layers):
         if ("forward", i, 0) not in s.done:
             RULES[type(layer)].forward(s, i, layer)
@@ -759,6 +761,7 @@ def chain(s: Stack, rows: slice, at: slice, *, below: bool, curvature: bool = Fa
         below: for the rows with a penalty, the last ones, go on to the network's input.
         curvature: add that of the rows with a penalty.
     """
+    s.program.part = "chain"
     penalised, penalised_at = (slice(x.stop - s.n_tail, x.stop) for x in (rows, at))
     for i, layer in reversed(list(enumerate(s.network.layers))):
         rule = RULES[type(layer)]
@@ -775,6 +778,7 @@ def chain(s: Stack, rows: slice, at: slice, *, below: bool, curvature: bool = Fa
 
 def sweep(s: Stack) -> None:
     """Tangents of the rows with a penalty, from that of the input."""
+    s.program.part = "sweep"
     for i, layer in enumerate(s.network.layers):
         if s.needs_tangent[i + 1] and ("sweep", i, 0) not in s.done:
             RULES[type(layer)].tangent(s, i, layer)
@@ -788,6 +792,7 @@ def gradients(s: Stack, weights: Tensor | None, loss_rows: int) -> None:
         weights: of the first ``loss_rows`` rows in the sums of biases; 1 where not given.
         loss_rows: rows of the left operand that carry a loss.
     """
+    s.program.part = "weight gradient"
     for i, layer in enumerate(s.network.layers):
         if any(p in s.gradients for p in layer.parameters):
             RULES[type(layer)].gradients(s, i, layer, weights, loss_rows)

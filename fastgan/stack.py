@@ -43,6 +43,9 @@ class Program:
         kinds: of each call.
         steps: what each call was made of, where that is known.
         costs: FLOPs of each call, and the bytes it reads and writes.
+        parts: what of an update each call belongs to: ``forward``, ``loss``, ``chain``, ``penalty``, ``sweep``,
+            ``weight gradient`` or ``copy``.
+        part: of the calls that are added next.
         scratch: addresses of memory that holds nothing from one call to the next but one.
     """
 
@@ -50,6 +53,8 @@ class Program:
     kinds: list[Kind] = field(default_factory=list)
     steps: list[Step | None] = field(default_factory=list)
     costs: list[tuple[int, int]] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
+    part: str = "copy"
     scratch: set[int] = field(default_factory=set)
 
     @property
@@ -68,6 +73,7 @@ class Program:
         self.kinds.append(kind)
         self.steps.append(call if isinstance(call, Step) else None)
         self.costs.append((flops, sum(t.nbytes for t in touched if t is not None)))
+        self.parts.append(self.part)
 
     def extend(self, other: Program) -> None:
         """Append the calls of another one."""
@@ -75,14 +81,16 @@ class Program:
         self.kinds += other.kinds
         self.steps += other.steps
         self.costs += other.costs
+        self.parts += other.parts
         self.scratch |= other.scratch
 
     def prepend(self, calls: Sequence[Call]) -> None:
-        """Put calls before the others."""
+        """Put calls before the others: copies."""
         self.calls[:0] = calls
         self.kinds[:0] = ["other"] * len(calls)
         self.steps[:0] = [None] * len(calls)
         self.costs[:0] = [(0, 0)] * len(calls)
+        self.parts[:0] = ["copy"] * len(calls)
 
     def run(self) -> None:
         """Make every call."""
