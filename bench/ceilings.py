@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bench.sections import Context
+from fastgan.benchmark.ceilings import copy, matrix
 from fastgan.benchmark.timing import median_us
 
 _NODES, _BARRIERS = 1000, (100, 1100)
@@ -28,28 +29,6 @@ def ceilings(context: Context) -> None:
         context.part(name, lambda dependent=dependent: graph_node(context, dependent))
     context.part("grid barrier", lambda: grid_barrier(context))
     context.part("eager launch", lambda: eager_launch(context))
-
-
-def copy(n_bytes: int, device: torch.device) -> dict[str, float]:
-    """Read and written bytes per second of ``copy_``, for a source of that size."""
-    a = torch.zeros(n_bytes, dtype=torch.uint8, device=device)
-    b = torch.empty_like(a)
-    time_us = median_us(lambda: b.copy_(a), device)
-    return {"bytes": n_bytes, "time_us": time_us, "gb_per_s": 2 * n_bytes / time_us / 1e3}
-
-
-def matrix(precision: str, n: int, device: torch.device) -> dict[str, float]:
-    """FLOP/s of one square product by torch.mm."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        time_us = median_us(lambda: torch.mm(a, b, out=out), device, rounds=10)
-    finally:
-        torch.set_float32_matmul_precision(before)
-    return {"n": n, "time_us": time_us, "tflop_per_s": 2 * n**3 / time_us / 1e6}
 
 
 def captured(run: Callable[[], object], device: torch.device) -> Any:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from fastgan import marks
 from fastgan.plan import Plan
+
+if TYPE_CHECKING:
+    from fastgan.engine import Engine
 
 PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm")}
 PRODUCTS |= {"fastgan::linear_lrelu", "fastgan::linear_lrelu_product"}
@@ -56,6 +61,60 @@ def measured(run: Callable[[], object]) -> Cost:
     with _Watch() as seen:
         run()
     return Cost(seen.products, seen.convolutions, seen.launches, seen.flops, seen.bytes)
+
+
+def of_iteration(engine: Engine, run: Callable[[], object]) -> Cost:
+    """Of an iteration that ``run`` makes: torch ops as they run, plans by what their calls were made of.
+
+    The engine's own optimisers read and write value, gradient, two moments and the average of every parameter once. In
+    iterations that are lists of kernels their launches count.
+    """
+    with _Watch() as seen:
+        before, marks.listener = marks.listener, _Plans(seen)
+        try:
+            run()
+        finally:
+            marks.listener = before
+    launches = seen.launches
+    for updater, times in ((engine._d, engine.n_critic), (engine._g, 1)):
+        if updater is not None and updater.arena is not None and updater.optimizer is None:
+            tensors = 7 + 2 * (updater is engine._g and engine.generator_ema is not None)
+            seen.bytes += times * tensors * updater.arena.grad.nbytes
+    variants = engine._executor.variants if engine._executor is not None else []
+    if variants and variants[-1].iterations:
+        launches = len(variants[-1].iterations[0].calls)
+    return Cost(seen.products, seen.convolutions, launches, seen.flops, seen.bytes)
+
+
+class _Plans:
+    """Hears which plans run, and counts what they are known to do in the place of what is seen of them."""
+
+    def __init__(self, seen: _Watch) -> None:
+        self.seen = seen
+
+    @contextlib.contextmanager
+    def mark(self, phase: str) -> Iterator[None]:
+        before = self.seen.launches, self.seen.bytes
+        yield
+        if phase == "optimiser":  # a native pass, or torch ops that are counted apart
+            self.seen.launches += self.seen.launches == before[0]
+
+    def entry(self, engine: Any, method: str) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+    def run(self, work: marks.Labelled) -> None:
+        seen = self.seen
+        before = seen.products, seen.convolutions, seen.flops, seen.bytes
+        for call in work.calls:
+            launches = seen.launches
+            call()
+            seen.launches += seen.launches == launches
+        seen.products, seen.convolutions, seen.flops, seen.bytes = before
+        if isinstance(work, Plan):
+            seen.products += work.program.kinds.count("product")
+            seen.convolutions += work.program.kinds.count("convolution")
+        seen.flops += sum(flops for flops, _ in work.costs)
+        seen.bytes += sum(n for _, n in work.costs)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

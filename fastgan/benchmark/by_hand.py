@@ -143,6 +143,9 @@ class Form:
     fused: bool = False
 
 
+PLAIN = Form()
+
+
 class Loop:
     """Networks and optimisers of their own, and the updates.
 
@@ -155,7 +158,7 @@ class Loop:
         Unable: the case has something that this loop does not do.
     """
 
-    def __init__(self, case: Case, form: Form = Form(), dtype: torch.dtype | None = None) -> None:  # noqa: B008
+    def __init__(self, case: Case, form: Form = PLAIN, dtype: torch.dtype | None = None) -> None:
         self.case, self.form, self.plain = case, form, case.plain
         given = case.arguments()
         _check(self.plain)

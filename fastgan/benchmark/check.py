@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -45,12 +45,21 @@ class Error:
     def right(self) -> bool:
         return self.share <= 1
 
+    def sentence(self) -> str:
+        """What is wrong."""
+        if not math.isfinite(self.moments):
+            return "it does not start from the same parameters, or gives numbers that are not finite"
+        off, limit = (self.moments, self.limits[0]) if self.moments > self.limits[0] else (self.way, self.limits[1])
+        what = "gradients are" if self.moments > self.limits[0] else "parameters have gone"
+        return f"its {what} {off:.2g} off those in fp64 (relative), where rounding explains {limit:.2g}"
+
 
 def distance(a: Sequence[Tensor], b: Sequence[Tensor], start: Sequence[Tensor] | None = None) -> float:
     """Relative, in the norm over all tensors; with ``start``, of the ways from there."""
     x, y = (torch.cat([t.detach().double().flatten() for t in ts]) for ts in (a, b))
     origin = torch.cat([t.detach().double().flatten() for t in start]) if start is not None else torch.zeros_like(y)
-    return float((x - y).norm() / (y - origin).norm())
+    off, size = float((x - y).norm()), float((y - origin).norm())
+    return off / size if size else (math.inf if off else 0.0)
 
 
 @dataclass
@@ -64,7 +73,7 @@ class Reference:
 
     case: Case
     iterations: int = ITERATIONS
-    _after: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = field(default=None, repr=False)
+    _after: list[_Player] | None = field(default=None, repr=False)
     _limits: dict[str, tuple[float, float]] = field(default_factory=dict, repr=False)
 
     def hold(self, way: Way, precision: str) -> Error:
@@ -84,24 +93,41 @@ class Reference:
         return Error(*found, self._limits[precision])
 
     def _distances(self, way: Way) -> tuple[float, float]:
+        """The larger of both players'."""
         if self._after is None:
             self._after = self._iterated(by_hand(self.case, dtype=torch.float64))
-        start, after, moments = self._after
-        own_start, own_after, own_moments = self._iterated(way)
-        if any(not torch.equal(a, b.to(a.dtype)) for a, b in zip(own_start, start, strict=True)):
-            return float("inf"), float("inf")  # from another start
-        apart = distance(own_moments, moments) if moments and len(moments) == len(own_moments) else 0.0
-        return apart, distance(own_after, after, start)
+        own = self._iterated(way)
+        worst = (0.0, 0.0)
+        for mine, exact in zip(own, self._after, strict=True):
+            if any(not torch.equal(a, b.to(a.dtype)) for a, b in zip(mine.start, exact.start, strict=True)):
+                return math.inf, math.inf  # from another start
+            known = len(mine.moments) == len(exact.moments)
+            apart = distance(mine.moments, exact.moments) if known and exact.moments else 0.0
+            worst = max(worst[0], apart), max(worst[1], distance(mine.after, exact.after, exact.start))
+        return worst
 
-    def _iterated(self, way: Way) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Parameters before, and parameters and moments after; dropout, which draws in an order of its own, is off."""
-        dropouts = [(m, m.p) for net in way.networks for m in net.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    def _iterated(self, way: Way) -> list[_Player]:
+        """What the iterations make of each player; dropout, which draws in an order of its own, is off."""
+        modules = [m for net in way.networks for m in net.modules()]
+        dropouts = [(m, m.p) for m in modules if isinstance(m, nn.modules.dropout._DropoutNd)]
         for m, _ in dropouts:
             m.p = 0.0
-        start = [p.detach().clone() for p in way.parameters]
+        start = [_copies(net.parameters()) for net in way.networks]
         with way.precision():
             for i in range(self.iterations):
                 way.held(i)
         for m, p in dropouts:
             m.p = p
-        return start, [p.detach().clone() for p in way.parameters], [m.clone() for m in way.moments()]
+        after = [_copies(net.parameters()) for net in way.networks]
+        return [_Player(*parts) for parts in zip(start, after, map(_copies, way.moments()), strict=True)]
+
+
+@dataclass(frozen=True)
+class _Player:
+    start: list[Tensor]
+    after: list[Tensor]
+    moments: list[Tensor]
+
+
+def _copies(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [t.detach().clone() for t in tensors]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastgan import costs
-from fastgan.benchmark.by_hand import Form, Loop, Unable
+from fastgan.benchmark.by_hand import PLAIN, Form, Loop, Unable
 from fastgan.benchmark.workloads import Case, Update
 from fastgan.costs import Cost
 
@@ -30,9 +30,10 @@ class Way:
         run: an iteration, noise drawn.
         held: iterations on the noise of :meth:`Case.drawn`, from the start: what is checked, and is what ``run`` does.
         networks: that are trained.
-        moments: Adam's first, where the optimisers are such; else empty.
+        moments: Adam's first, of each of them; empty where its optimiser has none.
         generate: the generator's update alone, or ``None``.
-        cost: of an iteration, as far as it is known.
+        cost: of an iteration, where it is known.
+        numbers: precision that it computes in.
         precision: a context that it is made and run in.
         graph: the CUDA graph that ``run`` replays, or ``None``.
         keep: what must live as long.
@@ -42,9 +43,10 @@ class Way:
     run: Callable[[], object]
     held: Callable[[int], object]
     networks: Sequence[nn.Module]
-    moments: Callable[[], list[Tensor]]
+    moments: Callable[[], list[list[Tensor]]]
     generate: Callable[[], object] | None = None
     cost: Callable[[], Cost | None] = lambda: None
+    numbers: str = "fp32"
     precision: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
     graph: Any = None
     keep: Any = None
@@ -62,7 +64,7 @@ Make = Callable[[Case], Way]
 # ---- by hand
 
 
-def by_hand(case: Case, form: Form = Form(), dtype: torch.dtype | None = None) -> Way:  # noqa: B008
+def by_hand(case: Case, form: Form = PLAIN, dtype: torch.dtype | None = None) -> Way:
     """A hand-written loop.
 
     Raises:
@@ -78,16 +80,17 @@ def by_hand(case: Case, form: Form = Form(), dtype: torch.dtype | None = None) -
         with loop.precision():
             loop.iterate(_cast(case.drawn(iteration), loop.dtype))
 
-    def moments() -> list[Tensor]:
-        pairs = [(loop.g_optimizer, loop.g), (loop.d_optimizer, loop.d)]
-        states = [o.state[p] for o, net in pairs if o is not None and net is not None for p in net.parameters()]
-        return [s["exp_avg"] for s in states if "exp_avg" in s]
+    def moments() -> list[list[Tensor]]:
+        optimizers = [o for o in (loop.g_optimizer, loop.d_optimizer) if o is not None]
+        pairs = zip(optimizers, loop.networks, strict=True)
+        return [[o.state[p]["exp_avg"] for p in net.parameters() if "exp_avg" in o.state[p]] for o, net in pairs]
 
     def generate() -> None:
         loop.g_update(loop.draw(generator=True))
 
     way = Way(loop.iterate, held, loop.networks, moments, None if loop.g is None else generate, keep=loop)
     way.precision = loop.precision
+    way.numbers = "bf16" if form.amp else case.precision
     if form.compiled is None:
         way.cost = lambda: costs.measured(loop.iterate)
     return _as_graph(way, loop, case) if form.graph else way
@@ -174,18 +177,18 @@ def by_engine(case: Case, *, closed_form: bool = True, calls: int = 1, **options
         raise Unable(f"not recorded: {variants[0].why_unrecorded if variants else 'there is no variant'}")
     engine.load_state_dict(start)
 
-    def moments() -> list[Tensor]:
+    def moments() -> list[list[Tensor]]:
         state = engine.state_dict()
         optimizers = [state[key] for key in ("g_optimizer", "d_optimizer") if state[key] is not None]
-        found = [one for optimizer in optimizers for one in optimizer["state"].values()]
-        return [one["exp_avg"] for one in found if "exp_avg" in one]
+        return [[one["exp_avg"] for one in o["state"].values() if "exp_avg" in one] for o in optimizers]
 
     networks = [n for n in (engine.generator, engine.discriminator) if n is not None]
     way = Way(run, lambda iteration: run(), networks, moments, graph=recorded, keep=engine)
+    way.numbers = case.precision
     if engine.generator is not None:
         compared = real[-case.batch :] if engine.loss.compares else None
         way.generate = partial(engine.g_step, real=compared, labels=None if labels is None else labels[-case.batch :])
-    way.cost = lambda: costs.of_iteration(engine)
+    way.cost = lambda: costs.of_iteration(engine, run)
     if calls > 1:
         way.many, way.calls = partial(variants[0].run, calls), calls
     return way

@@ -1,0 +1,195 @@
+"""One result: a case in all variants, each checked first, then timed in turn."""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastgan.benchmark.by_hand import Unable
+from fastgan.benchmark.check import Reference
+from fastgan.benchmark.memory import Held
+from fastgan.benchmark.timing import quantiles, ratio, rounds_us
+from fastgan.benchmark.variants import VARIANTS, Make, Way
+from fastgan.benchmark.workloads import Case
+from fastgan.costs import Cost
+from fastgan.errors import InputError
+
+Row = dict[str, Any]
+PLAIN, OWN, TWIN, AMP = "eager", "fastgan", " again", "AMP"
+TIMED = (
+    "median_us", "p20_us", "p80_us", "rounds", "noise", "iterations_per_second", "seconds_per_kimg", "eager_over_this",
+    "best_competitor_over_this", "penalty_overhead", "launches", "gflop", "gb", "tflop_per_s", "gb_per_s",
+    "share_of_matrix_rate", "share_of_bandwidth", "peak_bytes", "joule_per_kimg", "time_split_us",
+)  # fmt: skip
+"""Keys of a row of a variant that is right."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a case is measured.
+
+    Attributes:
+        rounds: of timing, at most.
+        seconds: of timing, after which no further round begins.
+        variants: by name; one whose name ends in ``again`` is a twin, and shows the noise.
+        split: whether the penalty's and the generator's share are measured too.
+        say: takes what is being done.
+    """
+
+    rounds: int = 60
+    seconds: float = 15.0
+    variants: Mapping[str, Make] = field(default_factory=lambda: VARIANTS)
+    split: bool = True
+    say: Callable[[str], None] = lambda text: None
+
+
+class Measurement:
+    """A case that is being measured.
+
+    Attributes:
+        rows: by variant, as in the schema.
+    """
+
+    def __init__(self, case: Case, ceilings: Mapping[str, Any], settings: Settings) -> None:
+        self.case, self.ceilings, self.settings = case, ceilings, settings
+        self.rows: dict[str, Row] = {}
+        self._ways: dict[str, Way] = {}
+        self._costs: dict[str, Cost | None] = {}
+        self._times: dict[str, list[float]] = {}
+
+    def run(self) -> Row:
+        """The result."""
+        reference = Reference(self.case)
+        for name, make in self.settings.variants.items():
+            self.settings.say(f"{name}: made and checked")
+            self.rows[name] = self._checked(name, make, reference)
+        self.settings.say("timed")
+        deadline = time.monotonic() + self.settings.seconds
+        runs = {name: _call(way) for name, way in self._ways.items()}
+        times, _ = rounds_us(runs, self.case.device, self.settings.rounds, deadline)
+        self._times = {name: [t / self._ways[name].calls for t in found] for name, found in times.items()}
+        for name, found in self._times.items():
+            self.rows[name] |= quantiles(found) | {"noise": ratio([1.0] * len(found), found)[1]}
+        if self.settings.split:
+            self._split()
+        for name in self._ways:
+            self._rate(name)
+        return related(self.case, self.rows, self._times)
+
+    def _checked(self, name: str, make: Make, reference: Reference) -> Row:
+        """The beginning of a row; memory and cost are known then."""
+        row: Row = {"status": "ok", "reason": None, "error": None, "error_limit": None}
+        held = Held(self.case.device)
+        try:
+            way = make(self.case)
+            error = reference.hold(way, way.numbers)
+            row |= {"error": error.moments, "error_limit": error.limits[0]}
+            if not error.right:
+                return row | {"status": "wrong", "reason": error.sentence()}
+            row |= dict.fromkeys(TIMED)
+            with way.precision():
+                row["peak_bytes"] = held.peak(way.run)
+                self._costs[name] = way.cost()
+        except (Unable, InputError) as e:
+            return row | {"status": "skipped", "reason": str(e)}
+        except Exception as e:  # a form that the compiler refuses is part of the result
+            return row | {"status": "failed", "reason": last_line(e)}
+        self._ways[name] = way
+        return row
+
+    def _split(self) -> None:
+        """What the penalty costs, and the generator's update: fewer rounds, beside the whole iteration."""
+        case, runs = self.case, {}
+        ways = {name: way for name, way in self._ways.items() if not name.endswith(TWIN)}
+        penalised = bool(case.plain.penalties)
+        for name, way in ways.items():
+            runs[name, "whole"] = _call(way)
+            if way.generate is not None:
+                runs[name, "generator"] = _call(way, way.generate)
+            if penalised:
+                self.settings.say(f"{name}: made without penalty")
+                bare = self.settings.variants[name](case.without_penalties())
+                runs[name, "bare"] = _call(bare)
+        self.settings.say("timed without penalty")
+        deadline = time.monotonic() + self.settings.seconds / 2
+        named = {"\n".join(key): run for key, run in runs.items()}
+        times, _ = rounds_us(named, case.device, max(3, self.settings.rounds // 3), deadline)
+        for name in ways:
+            whole, bare, generator = (times.get(f"{name}\n{part}") for part in ("whole", "bare", "generator"))
+            assert whole is not None
+            row, penalty = self.rows[name], 0.0
+            if bare is not None:
+                row["penalty_overhead"], _ = ratio(whole, bare)
+                penalty = max(0.0, 1 - 1 / row["penalty_overhead"])
+            if generator is not None:
+                share = min(1 - penalty, ratio(generator, whole)[0])
+                parts = {"discriminator": 1 - penalty - share, "penalty": penalty, "generator": share}
+                row["time_split_us"] = {part: value * row["median_us"] for part, value in parts.items()}
+
+    def _rate(self, name: str) -> None:
+        """Throughput, and its share of what the machine can do. A compiler's launches and bytes are not known."""
+        row, own = self.rows[name], self._costs[name]
+        us = row["median_us"]
+        row["iterations_per_second"] = 1e6 / us
+        row["seconds_per_kimg"] = us / 1e3 / self.case.images
+        cost = own or self._costs.get(PLAIN)
+        if cost is not None:
+            rate = self.ceilings["matrix_tflop_per_s"][self._ways[name].numbers]
+            row["gflop"], row["tflop_per_s"] = cost.flops / 1e9, cost.flops / us / 1e6
+            row["share_of_matrix_rate"] = row["tflop_per_s"] / rate
+        if own is not None:
+            row["launches"], row["gb"], row["gb_per_s"] = own.launches, own.bytes / 1e9, own.bytes / us / 1e3
+            row["share_of_bandwidth"] = row["gb_per_s"] / self.ceilings["copy_gb_per_s"]
+
+
+def _call(way: Way, run: Callable[[], object] | None = None) -> Callable[[], object]:
+    run = run or way.many or way.run
+
+    def call() -> None:
+        with way.precision():
+            run()
+
+    return call
+
+
+def related(case: Case, rows: Mapping[str, Row], times: Mapping[str, Sequence[float]]) -> Row:
+    """The variants' ratios to each other, round by round, and the noise of these.
+
+    The best competitor is the fastest other variant whose numbers are as good: autocast competes where bf16 is asked
+    for.
+    """
+    good = {name: row for name, row in rows.items() if name in times and not name.endswith(TWIN)}
+    rivals = [name for name in good if not name.startswith(OWN) and (AMP not in name or case.precision == "bf16")]
+    best = min(rivals, key=lambda name: rows[name]["median_us"]) if rivals else None
+    noise = 0.0
+    for name, found in times.items():
+        for key, other in (("eager_over_this", PLAIN), ("best_competitor_over_this", best)):
+            if other in times:
+                rows[name][key], apart = ratio(times[other], found)
+                noise = max(noise, apart, abs(rows[name][key] - 1) if name == f"{other}{TWIN}" else 0.0)
+        if len(found) == 1:  # medians of processes of their own
+            noise = max(noise, 2 * rows[name]["noise"])
+    return {
+        "workload": case.workload.name,
+        "about": case.workload.about,
+        "batch": case.batch,
+        "precision": case.precision,
+        "n_critic": case.plain.n_critic,
+        "images_per_iteration": case.images,
+        "noise": noise if times else math.nan,
+        "best_competitor": best,
+        "variants": dict(rows),
+    }
+
+
+def last_line(e: BaseException) -> str:
+    """Of a traceback, shortened."""
+    text = "".join(traceback.format_exception_only(e)).strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    kind = type(e).__name__
+    line = lines[-1] if lines else kind
+    return (line if line.startswith(kind) or len(lines) == 1 else f"{kind}: {line}")[:400]
