@@ -1,34 +1,20 @@
-"""What a number measured on this machine depends on, and interleaved timing."""
+"""What the scripts that measure on a CPU share: conditions, interleaved timing, where results go."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from fastgan import machine
+
 RESULTS = Path(__file__).parent / "results"
-
-
-def conditions(**more: object) -> dict[str, object]:
-    """The CPU, its load and the versions, with whatever else the measurement depends on."""
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    return {
-        "cpu": next(line.split(": ")[1] for line in info if line.startswith("model name")),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_before": os.getloadavg()[0],
-        "torch_threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        **more,
-    }
+conditions = partial(machine.conditions, torch.device("cpu"))
 
 
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int, warmup: int = 5) -> dict[str, dict[str, float]]:

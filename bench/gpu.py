@@ -118,12 +118,12 @@ def summary(result: Mapping[str, Any]) -> str:
 
 
 def short_environment(data: Mapping[str, Any]) -> list[str]:
-    said, gpu = data.get("conditions", {}), data.get("gpu", {})
-    triton = data.get("versions", {}).get("triton")
-    out = [f"torch {said.get('torch')}, triton {triton}, python {said.get('python')}"]
-    if "name" in gpu:
-        state = ", ".join(f"{k} {v}" for k, v in gpu["state"].items())
-        out.append(f"{gpu['name']}, {gpu['multiprocessors']} multiprocessors; {state}")
+    said = data.get("conditions", {})
+    gpu = dict(said.get("gpu") or {})
+    out = [f"torch {said.get('torch')}, triton {said.get('triton')}, python {said.get('python')}"]
+    if gpu:
+        missing = gpu.pop("missing")
+        out += [", ".join(f"{k} {v}" for k, v in gpu.items()), *missing]
     return out
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import bench_memory, machine, rivals
+from bench import bench_memory, rivals
 from bench.bench_closed_form import PLAIN, WGAN_GP, Kind, Networks, Work, gflop, multiply_adds, vanilla
-from bench.conditions import conditions
 from bench.rivals import Setting, Way
 from bench.sections import Context, Skip, last_line
 from fastgan.benchmark.timing import BLOCK_S, interleaved, wait
+from fastgan.machine import conditions
 
 WGAN = dataclasses.replace(WGAN_GP, autograd=PLAIN.autograd, closed=PLAIN.closed)  # no penalty: other products
 
@@ -158,7 +158,7 @@ def measured(
         "samples": "real rows, and a critic's given fakes: fixed, on the device",
         "noise": "fresh in every update",
         "timing": f"up to {rounds} rounds, ways in turn, blocks of at least {BLOCK_S * 1e3:g} ms between two waits",
-        "machine": machine.state(context.device) if context.device.type == "cuda" else conditions(),
+        "machine": conditions(context.device),
     }  # fmt: skip
     deadline = time.monotonic() + max(5.0, min(25.0, context.left() / 2))
     with s.products():

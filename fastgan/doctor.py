@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 import platform
 import warnings
@@ -13,13 +12,15 @@ from typing import Any
 import torch
 
 import fastgan
+from fastgan import machine
 
-_PACKAGES = ("torch", "triton", "numpy", "pillow", "matplotlib", "pyyaml", "safetensors", "tensorboardX", "tqdm")
+_PACKAGES = (
+    "torch", "triton", "numpy", "pillow", "matplotlib", "nvidia-ml-py", "pyyaml", "safetensors", "tensorboardX", "tqdm",
+)  # fmt: skip
 _OPTIONAL = (  # package, module, what it is for, how to get it
     ("onnx", "onnx", "export of the generator to ONNX", "fastgan[onnx]"),
     ("onnxscript", "onnxscript", "export of the generator to ONNX", "fastgan[onnx]"),
     ("torch-fidelity", "torch_fidelity", "the Inception figures", "fastgan[inception]"),
-    ("nvidia-ml-py", "pynvml", "clocks and power of the GPU in benchmark files", "fastgan[bench]"),
 )
 
 
@@ -51,7 +52,7 @@ def report() -> dict[str, Any]:
     lost += [
         f"{package} is not installed: without {use}; pip install '{source}'"
         for package, _, use, source in _OPTIONAL
-        if optional[package] is None and (gpus or package != "nvidia-ml-py")
+        if optional[package] is None
     ]
     return {
         "versions": {"fastgan": fastgan.__version__, "python": platform.python_version()}
@@ -91,12 +92,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _version(package: str) -> str | None:
-    if package == "torch":
-        return str(torch.__version__)  # with the build's suffix
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return str(torch.__version__) if package == "torch" else machine.version(package)  # torch's with its suffix
 
 
 def _imports(module: str) -> bool:
@@ -110,13 +106,8 @@ def _imports(module: str) -> bool:
 
 
 def _cpu() -> dict[str, Any]:
-    model = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).is_file():
-        lines = (line.partition(":") for line in info.read_text().splitlines())
-        model = next((value.strip() for key, _, value in lines if key.strip() == "model name"), model)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {"model": model, "cores": cores, "memory_gib": round(memory / 2**30, 1)}
+    return {"model": machine.cpu_name(), "cores": machine.cores(), "memory_gib": round(memory / 2**30, 1)}
 
 
 def _gpus() -> tuple[list[dict[str, Any]], str]:

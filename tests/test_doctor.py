@@ -50,7 +50,6 @@ def test_each_loss_is_named(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> No
         "torch-fidelity is not installed",
     ):
         assert sum(line.startswith(start) for line in report["lost"]) == 1
-    assert not any("nvidia-ml-py" in line for line in report["lost"])
 
 
 @pytest.mark.parametrize(
