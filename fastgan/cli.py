@@ -1,4 +1,4 @@
-"""The command line: ``fastgan train | sample | evaluate | export | validate | doctor``.
+"""The command line: ``fastgan train | sample | evaluate | export | bench | validate | doctor``.
 
 Nothing heavy is imported before the arguments are read. A mistake that the user can mend ends in one line on the
 standard error and exit code 2.
@@ -128,6 +128,23 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     )
     p.add_argument("--json", action="store_true", help="print one JSON object")
 
+    p = command("bench", "[--workload A,B] [--batch N,N] [options]", "time training beside other ways of doing it")
+    p.add_argument("--workload", metavar="A,B", help="names (see --list), or your own module:function")
+    p.add_argument("--batch", metavar="N,N", help="batch sizes (default: the workload's)")
+    p.add_argument("--variant", metavar="A,B", help="only these")
+    p.add_argument("--list", action="store_true", help="print workloads and variants and leave")
+    p.add_argument("--precision", default="auto", metavar="P", help="auto, fp32, tf32 or bf16")
+    p.add_argument("--rounds", type=int, default=60, metavar="N", help="of timing, at most (default: 60)")
+    p.add_argument("--seconds", type=float, default=15.0, metavar="S", help="of timing a case (default: 15)")
+    p.add_argument("--isolate", action="store_true", help="each variant in a process of its own")
+    p.add_argument("--json", metavar="FILE", help="write the results; - is the standard output")
+    p.add_argument("--html", metavar="FILE", help="write a report with plots")
+    p.add_argument("--png", metavar="FOLDER", help="write the plots as pictures")
+    p.add_argument("--compare", nargs=2, metavar="FILE", help="two results: exit code 1 if the second is slower")
+    p.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    p.add_argument("--quiet", action="store_true", help="no progress")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
     p = command("validate", "[--op NAME] [--dtype D] [options]", "hold every op and update to fp64, beside PyTorch")
     p.add_argument("--op", action="append", default=[], metavar="NAME", help="an op or a pair; may be repeated")
     p.add_argument(
@@ -158,8 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unexpected argument {extra[0]!r}")
     if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin for long are 20 times slower on cores that are shared
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    commands = {"train": _train, "sample": _sample, "evaluate": _evaluate, "export": _export, "validate": _validate,
-                "doctor": _doctor}  # fmt: skip
+    commands = {"train": _train, "sample": _sample, "evaluate": _evaluate, "export": _export, "bench": _bench,
+                "validate": _validate, "doctor": _doctor}  # fmt: skip
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -456,6 +473,15 @@ def _export(args: argparse.Namespace) -> int:
     out = export_generator(network, recipe.latent, args.out, n_classes=engine.n_classes)
     print(_json({"run": folder, "out": out}) if args.json else out)
     return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler and allocator write lines of their own
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _threads(args.threads)
+    from fastgan.benchmark import command
+
+    return command.main(args)
 
 
 def _validate(args: argparse.Namespace) -> int:

@@ -117,7 +117,7 @@ class Engine:
             raise InputError(f"Engine: ema is {ema!r}, expected None, a decay or fastgan.EMA")
         if generator is None and n_classes:
             raise InputError("Engine: n_classes is given, but there is no generator to make samples of a class")
-        self.device = _device(device)
+        self.device = device_of("Engine: device", device)
         self.generator = generator.to(self.device) if generator is not None else None
         self.discriminator = discriminator.to(self.device)
         self.latent, self.loss, self.n_critic = latent, losses.get(loss), n_critic
@@ -1182,17 +1182,22 @@ class Engine:
 _COUNTERS = ("d_updates", "g_updates", "images", "samples", "batch")
 
 
-def _device(device: str | torch.device) -> torch.device:
+def device_of(what: str, device: str | torch.device) -> torch.device:
+    """The device that is meant: ``"auto"`` is the GPU where there is one.
+
+    Raises:
+        InputError: there is none such; ``what`` names the argument.
+    """
     if device == "auto":
         return _current_gpu() if torch.cuda.is_available() else torch.device("cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise InputError(f"Engine: device is {device!r}, expected 'auto', 'cpu' or 'cuda'") from None
+        raise InputError(f"{what} is {device!r}, expected 'auto', 'cpu' or 'cuda'") from None
     if chosen.type not in ("cpu", "cuda"):
-        raise InputError(f"Engine: device is {device!r}, expected 'auto', 'cpu' or 'cuda'")
+        raise InputError(f"{what} is {device!r}, expected 'auto', 'cpu' or 'cuda'")
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"Engine: device is {device!r}, but no CUDA device is available")
+        raise InputError(f"{what} is {device!r}, but no CUDA device is available")
     return chosen if chosen.type == "cpu" or chosen.index is not None else _current_gpu()
 
 

@@ -1,8 +1,8 @@
 """Training by hand in plain PyTorch: what people write, compiled, or as a CUDA graph.
 
-Eager is the usual loop: ``zero_grad``, ``backward``, torch's default Adam, the discriminator's gradients computed in the
-generator's update and thrown away. Its fakes are detached, and R1 and R2 share the loss's forward pass. The compiled
-forms are one full graph from noise to gradients for each player, with fused Adam outside: by ``torch.func.grad`` twice,
+Eager is the usual loop: ``zero_grad``, ``backward``, torch's default Adam, the discriminator's gradients computed in
+the generator's update and thrown away. Its fakes are detached, and R1 and R2 share the loss's forward pass. The
+compiled forms are one full graph from noise to gradients for each player, with fused Adam outside: by ``torch.func.grad`` twice,
 or by ``torch.autograd.grad`` twice under ``trace_autograd_ops`` (plain ``create_graph=True`` is refused by the
 compiler), there with real and fake samples in one call where no layer mixes rows.
 """
@@ -218,11 +218,12 @@ class Loop:
 
     def draw(self, generator: bool = False) -> Update:
         """Fresh noise, as people draw it."""
-        n, on = self.n, {"device": self.case.device, "dtype": self.dtype}
+        n = self.n
+        on: dict[str, Any] = {"device": self.case.device, "dtype": self.dtype}
         latent, places = self.plain.latent, {p.place for p in self.plain.penalties}
         z = alpha = delta = None
         if self.g is not None:
-            z = torch.randn(n, latent, **on) if isinstance(latent, int) else latent(n, torch.default_generator)
+            z = torch.randn(n, latent, **on) if isinstance(latent, int) else latent(n, torch.default_generator).to(**on)
         if not generator and "interpolated" in places:
             alpha = torch.rand(n // self.plain.packed, **on)
         if not generator and "perturbed" in places:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from fastgan.benchmark.by_hand import Form
-from fastgan.benchmark.variants import Way, by_hand
+from fastgan.benchmark.by_hand import Form, Unable
+from fastgan.benchmark.variants import Way, by_hand, plain_engine
 from fastgan.benchmark.workloads import Case
 
 Tensor = torch.Tensor
@@ -77,28 +77,35 @@ class Reference:
     _limits: dict[str, tuple[float, float]] = field(default_factory=dict, repr=False)
 
     def hold(self, way: Way, precision: str) -> Error:
-        """Run a variant's first iterations and compare.
-
-        Raises:
-            Unable: the reference's loop does not do what the case asks for.
-        """
+        """Run a variant's first iterations and compare."""
         found = self._distances(way)
         if precision not in self._limits:
-            plain = by_hand(replace(self.case, precision=precision), Form(amp=precision == "bf16"))
-            own = self._distances(plain)
+            own = self._distances(self._plain(precision))
             floors = FLOOR[precision]
             self._limits[precision] = tuple(  # type: ignore[assignment]
                 min(2 * e + floor, most) for e, floor, most in zip(own, floors, MOST, strict=True)
             )
         return Error(*found, self._limits[precision])
 
+    def exact(self) -> list[_Player]:
+        """What the iterations make of each player in fp64."""
+        if self._after is None:
+            self._after = self._iterated(self._plain("fp64"))
+        return self._after
+
+    def _plain(self, precision: str) -> Way:
+        """By hand, or where the loop does not do what the case asks for, by the engine through autograd."""
+        dtype = torch.float64 if precision == "fp64" else None
+        case = self.case if precision == "fp64" else replace(self.case, precision=precision)
+        try:
+            return by_hand(case, Form(amp=precision == "bf16"), dtype)
+        except Unable:
+            return plain_engine(case, dtype=dtype)
+
     def _distances(self, way: Way) -> tuple[float, float]:
         """The larger of both players'."""
-        if self._after is None:
-            self._after = self._iterated(by_hand(self.case, dtype=torch.float64))
-        own = self._iterated(way)
         worst = (0.0, 0.0)
-        for mine, exact in zip(own, self._after, strict=True):
+        for mine, exact in zip(self._iterated(way), self.exact(), strict=True):
             if any(not torch.equal(a, b.to(a.dtype)) for a, b in zip(mine.start, exact.start, strict=True)):
                 return math.inf, math.inf  # from another start
             known = len(mine.moments) == len(exact.moments)

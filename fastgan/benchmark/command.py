@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastgan.benchmark.ceilings import ceilings
-from fastgan.benchmark.measure import Measurement, Settings, related
-from fastgan.benchmark.workloads import Case
-from fastgan.errors import InputError
+from fastgan.benchmark.compare import SCHEMA, changes_table, compare, load
+from fastgan.benchmark.measure import OWN, Measurement, Settings, related
+from fastgan.benchmark.table import whole_table
+from fastgan.benchmark.variants import ABOUT, VARIANTS, Make
+from fastgan.benchmark.workloads import WORKLOADS, Case, cases
+from fastgan.engine import device_of
+from fastgan.errors import InputError, unknown
 from fastgan.machine import conditions
+from fastgan.pictures import write_whole
 
-SCHEMA = "fastgan.bench/1"
 Result = dict[str, Any]
 
 
 def run(
-    cases: Sequence[Case], settings: Settings, *, command: str, isolated: bool = False,
+    asked: Sequence[Case], settings: Settings, *, command: str, isolated: bool = False,
     done: Callable[[Result], None] = lambda result: None,
 ) -> Result:  # fmt: skip
     """Measure cases.
 
     Args:
-        cases: of one device and precision.
+        asked: cases of one device and precision.
         settings: how.
         command: as it was called, for the record.
         isolated: a process for each variant.
@@ -38,7 +46,7 @@ def run(
     Returns:
         The object that ``bench/README.md`` describes.
     """
-    device, precision = cases[0].device, cases[0].precision
+    device, precision = asked[0].device, asked[0].precision
     settings.say("the machine's limits")
     how = "each variant in a process of its own" if isolated else "variants in turn, one block of calls each a round"
     timing = f"{how}; at most {settings.rounds} rounds or {settings.seconds:g} s of a case; medians"
@@ -50,18 +58,15 @@ def run(
         "ceilings": ceilings(device, precision),
         "results": [],
     }
-    for case in cases:
+    for case in asked:
         at = f"{case.workload.name}, batch {case.batch}: "
 
         def say(text: str, at: str = at) -> None:
             settings.say(at + text)
 
         how_here = dataclasses.replace(settings, say=say)
-        if isolated:
-            found = _isolated(case, how_here)
-        else:
-            found = Measurement(case, result["ceilings"], how_here).run()
-        result["results"].append(found)
+        measured = _isolated(case, how_here) if isolated else Measurement(case, result["ceilings"], how_here).run()
+        result["results"].append(measured)
         done(result)
     return result
 
@@ -87,6 +92,99 @@ def _isolated(case: Case, settings: Settings) -> Result:
     return related(case, rows, {name: [row["median_us"]] for name, row in rows.items() if row["status"] == "ok"})
 
 
+def main(args: Namespace) -> int:
+    """The command, with its arguments read.
+
+    Returns:
+        0, or 1 where a comparison found a regression, or a variant of fastgan is not right.
+    """
+    if args.compare:
+        before, after = map(load, args.compare)
+        changes = compare(before, after)
+        print(changes_table(changes, before, after))
+        return int(any(change.regression for change in changes))
+    if args.list:
+        _list()
+        return 0
+    if args.rounds < 3:
+        raise InputError(f"--rounds: {args.rounds}, expected >= 3")
+    if not args.seconds > 0:
+        raise InputError(f"--seconds: {args.seconds}, expected > 0")
+    device = device_of("--device", args.device)
+    for path in (args.json, args.html):
+        if path is not None and path != "-" and not Path(path).parent.is_dir():
+            raise InputError(f"{path}: its folder does not exist")
+    names = args.workload.split(",") if args.workload else list(WORKLOADS)
+    found = cases(names, _numbers("--batch", args.batch), device, chosen(device, args.precision))
+
+    def say(text: str) -> None:
+        print(f"bench: {text}", file=sys.stderr, flush=True)
+
+    settings = Settings(
+        rounds=args.rounds, seconds=args.seconds, variants=_variants(args.variant),
+        say=(lambda text: None) if args.quiet else say,
+    )  # fmt: skip
+
+    def done(result: Result) -> None:
+        if args.json not in (None, "-"):
+            write_whole(Path(args.json), (as_json(result) + "\n").encode())
+
+    result = run(found, settings, command=shlex.join(["fastgan", *sys.argv[1:]]), isolated=args.isolate, done=done)
+    if args.json == "-":
+        print(as_json(result))
+    else:
+        print(whole_table(result))
+    if args.html or args.png:
+        from fastgan import report
+
+        if args.html:
+            write_whole(Path(args.html), report.bench_page(result).encode())
+        if args.png:
+            report.bench_pictures(result, Path(args.png))
+    rows = [(name, row) for r in result["results"] for name, row in r["variants"].items()]
+    return int(any(name.startswith(OWN) and row["status"] in ("wrong", "failed") for name, row in rows))
+
+
+def as_json(result: Result) -> str:
+    """With ``null`` for what is no number."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(result), indent=1)
+
+
+def _list() -> None:
+    width = max(map(len, [*WORKLOADS, *VARIANTS])) + 2
+    print("workloads")
+    for workload in WORKLOADS.values():
+        print(f"  {workload.name:<{width}}{workload.about}; batch {workload.batch}")
+    print("variants")
+    for name in VARIANTS:
+        print(f"  {name:<{width}}{ABOUT[name]}")
+
+
+def _variants(names: str | None) -> Mapping[str, Make]:
+    if names is None:
+        return VARIANTS
+    asked = names.split(",")
+    for name in asked:
+        if name not in VARIANTS:
+            raise unknown("variant", name, VARIANTS)
+    return {name: VARIANTS[name] for name in VARIANTS if name in asked}
+
+
+def _numbers(option: str, text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise InputError(f"{option}: {text!r}, expected whole numbers, e.g. 64,512") from None
+
+
 def chosen(device: torch.device, precision: str) -> str:
     """The precision that is meant by ``auto``.
 
@@ -100,5 +198,3 @@ def chosen(device: torch.device, precision: str) -> str:
     if precision not in known:
         raise InputError(f"precision: is {precision!r}, expected auto, {', '.join(known)}")
     return precision
-
-

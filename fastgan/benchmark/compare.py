@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgan.benchmark.command import SCHEMA
 from fastgan.benchmark.measure import OWN, PLAIN
 from fastgan.errors import InputError
+
+SCHEMA = "fastgan.bench/1"
 
 
 def load(path: str | Path) -> dict[str, Any]:

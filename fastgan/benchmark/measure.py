@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastgan import nvml
 from fastgan.benchmark.by_hand import Unable
 from fastgan.benchmark.check import Reference
 from fastgan.benchmark.memory import Held
-from fastgan.benchmark.timing import quantiles, ratio, rounds_us
+from fastgan.benchmark.timing import block, quantiles, ratio, rounds_us, wait
 from fastgan.benchmark.variants import VARIANTS, Make, Way
 from fastgan.benchmark.workloads import Case
 from fastgan.costs import Cost
@@ -26,6 +27,7 @@ TIMED = (
     "share_of_matrix_rate", "share_of_bandwidth", "peak_bytes", "joule_per_kimg", "time_split_us",
 )  # fmt: skip
 """Keys of a row of a variant that is right."""
+_ENERGY_S = 5.0  # the counter is too coarse for less
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Measurement:
     def run(self) -> Row:
         """The result."""
         reference = Reference(self.case)
+        self.settings.say("the reference in fp64")
+        reference.exact()  # before memory is measured
         for name, make in self.settings.variants.items():
             self.settings.say(f"{name}: made and checked")
             self.rows[name] = self._checked(name, make, reference)
@@ -78,6 +82,8 @@ class Measurement:
             self._split()
         for name in self._ways:
             self._rate(name)
+        if self.case.device.type == "cuda":
+            self._measure_energy()
         return related(self.case, self.rows, self._times)
 
     def _checked(self, name: str, make: Make, reference: Reference) -> Row:
@@ -119,11 +125,11 @@ class Measurement:
         named = {"\n".join(key): run for key, run in runs.items()}
         times, _ = rounds_us(named, case.device, max(3, self.settings.rounds // 3), deadline)
         for name in ways:
-            whole, bare, generator = (times.get(f"{name}\n{part}") for part in ("whole", "bare", "generator"))
-            assert whole is not None
+            whole = times[f"{name}\nwhole"]
+            without, generator = (times.get(f"{name}\n{part}") for part in ("bare", "generator"))
             row, penalty = self.rows[name], 0.0
-            if bare is not None:
-                row["penalty_overhead"], _ = ratio(whole, bare)
+            if without is not None:
+                row["penalty_overhead"], _ = ratio(whole, without)
                 penalty = max(0.0, 1 - 1 / row["penalty_overhead"])
             if generator is not None:
                 share = min(1 - penalty, ratio(generator, whole)[0])
@@ -144,6 +150,24 @@ class Measurement:
         if own is not None:
             row["launches"], row["gb"], row["gb_per_s"] = own.launches, own.bytes / 1e9, own.bytes / us / 1e3
             row["share_of_bandwidth"] = row["gb_per_s"] / self.ceilings["copy_gb_per_s"]
+
+    def _measure_energy(self) -> None:
+        """Joule for a thousand real images, from the GPU's counter over some seconds."""
+        gpu = nvml.Gpu(self.case.device)
+        for name, way in self._ways.items():
+            if name.endswith(TWIN):
+                continue
+            row, run = self.rows[name], _call(way)
+            calls = max(1, round(_ENERGY_S * 1e6 / (row["median_us"] * way.calls)))
+            wait(self.case.device)
+            before = gpu.energy_j()
+            if before is None:
+                break
+            block(run, calls, self.case.device)
+            after = gpu.energy_j()
+            if after is not None:
+                row["joule_per_kimg"] = (after - before) / (calls * way.calls * self.case.images) * 1e3
+        gpu.close()
 
 
 def _call(way: Way, run: Callable[[], object] | None = None) -> Callable[[], object]:
@@ -168,7 +192,7 @@ def related(case: Case, rows: Mapping[str, Row], times: Mapping[str, Sequence[fl
     noise = 0.0
     for name, found in times.items():
         for key, other in (("eager_over_this", PLAIN), ("best_competitor_over_this", best)):
-            if other in times:
+            if other is not None and other in times:
                 rows[name][key], apart = ratio(times[other], found)
                 noise = max(noise, apart, abs(rows[name][key] - 1) if name == f"{other}{TWIN}" else 0.0)
         if len(found) == 1:  # medians of processes of their own

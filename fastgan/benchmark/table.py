@@ -74,8 +74,9 @@ def whole_table(result: Row) -> str:
     """All cases, below the conditions."""
     said, limits = result["conditions"], result["ceilings"]
     rates = ", ".join(f"{kind} {rate:.3g}" for kind, rate in limits["matrix_tflop_per_s"].items())
+    load = "" if said["load_before"] is None else f", load {said['load_before']:.2f}"
     head = [
-        f"{said['device_name']}, {said['torch_threads']} threads, torch {said['torch']}, load {said['load_before']:.2f}",
+        f"{said['device_name']}, {said['torch_threads']} threads, torch {said['torch']}{load}",
         f"limits: products {rates} TFLOP/s, copies {limits['copy_gb_per_s']:.3g} GB/s (bytes of caches count too)",
         "eager/ and best/: how many times as long eager, and the best other variant, take",
     ]

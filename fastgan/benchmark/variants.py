@@ -159,14 +159,16 @@ def _reset(way: Way, start: Sequence[Tensor], optimizers: Iterable[torch.optim.O
 # ---- the engine
 
 
-def by_engine(case: Case, *, closed_form: bool = True, calls: int = 1, **options: Any) -> Way:
+def by_engine(
+    case: Case, *, closed_form: bool = True, calls: int = 1, dtype: torch.dtype | None = None, **options: Any
+) -> Way:
     """The engine's way, by ``step``; ``calls``: so many iterations in one call, on the same real samples.
 
     Raises:
         InputError: the engine does not have it here.
         Unable: it falls back to something else.
     """
-    engine = case.engine(precision=case.precision, closed_form=closed_form, **options)
+    engine = case.engine(dtype, precision=case.precision, closed_form=closed_form, **options)
     real, labels, fake = case.samples()
     run = partial(engine.step, real.to(engine.dtype), labels, fake=None if fake is None else fake.to(engine.dtype))
     start = copy.deepcopy(engine.state_dict())
@@ -217,6 +219,8 @@ def graphed(case: Case) -> Way:
     return by_hand(case, Form(case.precision == "bf16", graph=True))
 
 
+plain_engine = partial(by_engine, closed_form=False, backend="reference", executor="eager")
+
 VARIANTS: Mapping[str, Make] = {
     "eager": eager,
     "eager again": eager,
@@ -224,6 +228,17 @@ VARIANTS: Mapping[str, Make] = {
     "compiled": partial(compiled, traced=False),
     "compiled, traced": partial(compiled, traced=True),
     "CUDA graph": graphed,
-    "fastgan reference": partial(by_engine, closed_form=False, backend="reference", executor="eager"),
+    "fastgan reference": plain_engine,
     "fastgan": by_engine,
+}
+
+ABOUT = {
+    "eager": "PyTorch as people write it, in fp32",
+    "eager again": "the same once more: what differs is noise",
+    "eager + AMP": "under autocast to bf16",
+    "compiled": "torch.compile, torch.func.grad for penalties, fused Adam",
+    "compiled, traced": "torch.compile, torch.autograd.grad traced into it, tuned, fused Adam",
+    "CUDA graph": "the eager iteration as one graph",
+    "fastgan reference": "the engine through autograd, in PyTorch ops",
+    "fastgan": "the engine as it comes",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -49,7 +50,7 @@ class Workload:
 
 def _mlp(*widths: int, activation: Callable[[], nn.Module], last: nn.Module | None = None) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), activation()]
     return nn.Sequential(*layers[:-1], *([last] if last is not None else []))
 
@@ -213,11 +214,13 @@ class Case:
             raise InputError(f"{what}: gave no discriminator, expected an nn.Module")
         return given if self.penalised else given | {"penalties": ()}
 
-    def engine(self, **more: Any) -> Engine:
-        """A new engine of the case."""
+    def engine(self, dtype: torch.dtype | None = None, **more: Any) -> Engine:
+        """A new engine of the case, with networks of that dtype."""
         given = self.arguments()
         given.pop("sample_shape", None)
-        return Engine(given.pop("generator", None), given.pop("discriminator"), **given, device=self.device, **more)
+        networks = (given.pop(name, None) for name in ("generator", "discriminator"))
+        g, d = (n if n is None or dtype is None else n.to(dtype) for n in networks)
+        return Engine(g, d, **given, device=self.device, **more)
 
     @property
     def plain(self) -> Engine:
@@ -242,7 +245,9 @@ class Case:
 
     def rows(self, stream: int) -> Tensor:
         """Samples ``[n_critic B, ...]`` in [-1, 1], always the same."""
-        flat = noise.uniform(self.images, self.shape_size, seed=_ROWS_SEED, stream=Stream.TOY, step=stream, device="cpu")
+        flat = noise.uniform(
+            self.images, self.shape_size, seed=_ROWS_SEED, stream=Stream.TOY, step=stream, device="cpu"
+        )
         return (2 * flat - 1).view(self.images, *self.shape).to(self.device)
 
     @property
@@ -262,7 +267,7 @@ class Case:
         return self.rows(0), labels, self.rows(1) if plain.generator is None else None
 
     def drawn(self, iteration: int) -> tuple[list[Update], Update]:
-        """The noise that an engine of seed 0 draws in an iteration: of its discriminator updates, and its generator's."""
+        """The noise that an engine draws in an iteration: of its discriminator updates, and its generator's."""
         e, n = self.plain, self.batch
         key: dict[str, Any] = {"seed": self.arguments().get("seed", 0), "device": self.device}
         places, updates = {p.place for p in e.penalties}, []
