@@ -152,23 +152,19 @@ def short_tests(data: Mapping[str, Any]) -> list[str]:
 
 
 def short_rows(data: Mapping[str, Any]) -> list[str]:
-    head = f"{'median us':46}{'eager':>9}{'graph':>9}{'compiled':>9}{'engine':>9}  which way; ratios to graph, eager"
-    out = [head]
-    for key, table in data.items():
-        if not isinstance(table, Mapping):
+    out = [
+        f"{'median us':34}{'eager':>10}{'graph':>10}{'compiled':>10}{'fastgan':>10}  which way; ratios to graph, eager"
+    ]
+    for key, found in data.items():
+        if "variants" not in found:
             continue
-        kinds = [(name, ways) for name, ways in table.items() if name in rows.KINDS]
-        for name, ways in kinds:
-            what = key if name in key else f"{key}, {name}"
-            out.append(f"{what[:46]:46}{_times(ways)}"[:120])
-            out += [f"    {label}: {ways[label]['penalty_overhead']:.2f} times its time without the penalty"
-                    for label in ("eager", "eager graph", _best(ways, "engine")) if "penalty_overhead" in
-                    ways.get(label, {})]  # fmt: skip
-            out += [f"    {label}: an update of the critic with its fakes {ways[label]['critic_with_fakes_us']:.1f}"
-                    for label in ("eager", "eager graph", _best(ways, "engine")) if "critic_with_fakes_us" in
-                    ways.get(label, {})]  # fmt: skip
-            out += [f"    {label}: {row.get('wrong') or row['failed']}"[:120] for label, row in ways.items()
-                    if "wrong" in row or "failed" in row]  # fmt: skip
+        ways = found["variants"]
+        out.append(f"{key[:34]:34}{_times(ways)}"[:120])
+        out += [f"    {label}: {ways[label]['penalty_overhead']:.2f} times its time without the penalty"
+                for label in ("eager", "CUDA graph", _best(ways, "fastgan"))
+                if ways.get(label, {}).get("penalty_overhead")]  # fmt: skip
+        out += [f"    {label}: {row['status']}: {row['reason']}"[:120] for label, row in ways.items()
+                if row["status"] in ("wrong", "failed")]  # fmt: skip
     return out
 
 
@@ -178,13 +174,12 @@ def _best(ways: Mapping[str, Any], start: str) -> str:
 
 
 def _times(ways: Mapping[str, Any]) -> str:
-    best = _best(ways, "engine")
-    labels = ["eager", "eager graph", _best(ways, "compiled"), best]
+    best = _best(ways, "fastgan")
+    labels = ["eager", "CUDA graph", _best(ways, "compiled"), best]
     times = [ways.get(label, {}).get("median_us") for label in labels]
-    text = "".join(f"{t:9.1f}" if t is not None else f"{'-':>9}" for t in times)
-    row = ways.get(best, {})
-    over = [f"{row[k]:.2f}" for k in ("eager_graph_over_this", "eager_over_this") if k in row]
-    return f"{text}  {best.removeprefix('engine ')}{'; ' if over else ''}{', '.join(over)}"
+    text = "".join(f"{t:10.1f}" if t is not None else f"{'-':>10}" for t in times)
+    over = [f"{t / times[3]:.2f}" for t in (times[1], times[0]) if t is not None and times[3] is not None]
+    return f"{text}  {best.removeprefix('fastgan ')}{'; ' if over else ''}{', '.join(over)}"
 
 
 def short_drift(data: Mapping[str, Any]) -> list[str]:

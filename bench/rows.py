@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,55 +16,68 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import bench_memory, rivals
-from bench.bench_closed_form import PLAIN, WGAN_GP, Kind, Networks, Work, gflop, multiply_adds, vanilla
-from bench.rivals import Setting, Way
-from bench.sections import Context, Skip, last_line
-from fastgan.benchmark.timing import BLOCK_S, interleaved, wait
+import fastgan
+from bench import bench_memory
+from bench.sections import Context, Skip
+from fastgan.benchmark.by_hand import Unable
+from fastgan.benchmark.check import distance
+from fastgan.benchmark.measure import Measurement, Settings, last_line
+from fastgan.benchmark.timing import wait
+from fastgan.benchmark.variants import VARIANTS, Make, Way, by_engine, plain_engine
+from fastgan.benchmark.workloads import WORKLOADS, Arguments, Case, Workload
 from fastgan.machine import conditions
 
-WGAN = dataclasses.replace(WGAN_GP, autograd=PLAIN.autograd, closed=PLAIN.closed)  # no penalty: other products
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """What is timed: a whole iteration, or an update of the critic on given fakes."""
-
-    kind: Kind
-    weight: float  # of the penalty
-    whole: bool = False
-    n_critic: int = 1
-
-
-KINDS = {
-    "vanilla iteration": Update(PLAIN, 0.0, whole=True),
-    "wgan-gp critic": Update(WGAN_GP, 10.0),
-    "wgan critic": Update(WGAN, 0.0),
-    "wgan-gp iteration": Update(WGAN_GP, 10.0, whole=True),
-    "wgan-gp iteration, n_critic 5": Update(WGAN_GP, 10.0, whole=True, n_critic=5),
-}
-MAIN = "vanilla iteration", "wgan-gp critic", "wgan critic"  # measured at every batch size
-OVERHEAD = "wgan-gp critic", "wgan critic"  # with the penalty, and without
-CRITICS = "wgan-gp iteration, n_critic 5", "wgan-gp iteration"  # differ by four updates of the critic with their fakes
+MAIN = "vanilla-mlp", "wgan-gp-critic"  # measured at every batch size
+KINDS = (*MAIN, "wgan-gp-mlp")
 PRECISIONS = ("fp32", "bf16")
-ADAM_BYTES = 32  # per parameter: value, gradient and two moments, read and written in fp32
 
 
-def small() -> Networks:
+def natively(case: Case, executor: str, calls: int = 1) -> Way:
+    """The engine on Triton kernels, where they are compiled."""
+    if case.device.type != "cuda":
+        raise Unable("kernels are timed on a GPU: the speed of Triton's interpreter says nothing")
+    return by_engine(case, executor=executor, backend="triton", calls=calls)
+
+
+ENGINE: dict[str, Make] = {
+    "fastgan autograd": plain_engine,
+    "fastgan reference": partial(by_engine, backend="reference", executor="eager"),
+    "fastgan reference graph": partial(by_engine, backend="reference", executor="graph"),
+    "fastgan kernels": partial(natively, executor="eager"),
+    "fastgan graph": partial(natively, executor="graph"),
+    "fastgan graph, 20 a call": partial(natively, executor="graph", calls=20),
+    "fastgan dependent": partial(natively, executor="dependent"),
+    "fastgan persistent": partial(natively, executor="persistent"),
+}
+BY_HAND: dict[str, Make] = {name: VARIANTS[name] for name in ("eager", "eager again", "eager + AMP", "CUDA graph")}
+COMPILED: dict[str, Make] = {name: VARIANTS[name] for name in ("compiled", "compiled, traced")}
+
+
+def small() -> Arguments:
+    """A pair that only shows that everything runs."""
     g = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 12), nn.Tanh())
     d = nn.Sequential(nn.Linear(12, 16), nn.LeakyReLU(0.2), nn.Linear(16, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
-    return g, d, 5, (12,)
+    return {"generator": g, "discriminator": d, "latent": 5}
+
+
+def shrunk(workload: Workload) -> Workload:
+    """The workload on the small pair."""
+
+    def arguments() -> Arguments:
+        given = workload.arguments()
+        alone = {"generator": None, "sample_shape": (12,)} if given["generator"] is None else {}
+        return given | small() | alone
+
+    return replace(workload, arguments=arguments)
 
 
 def batches(context: Context) -> tuple[int, ...]:
     return (4,) if context.tiny else (64, 256, 1024)
 
 
-def setting(context: Context, name: str, batch: int, precision: str) -> Setting:
-    update = KINDS[name]
-    networks = small if context.tiny else vanilla
-    work = Work(networks, update.kind, update.weight, batch, whole=update.whole)
-    return Setting.of(work, context.device, precision, update.n_critic)
+def case(context: Context, name: str, batch: int, precision: str) -> Case:
+    workload = WORKLOADS[name]
+    return Case(shrunk(workload) if context.tiny else workload, batch, context.device, precision)
 
 
 # ---- compilation
@@ -74,7 +87,7 @@ def compilation(context: Context) -> None:
     """Fill Triton's cache with what the engine's rows need: a process for each batch, precision and executor."""
     jobs = [
         (str(batch), precision, label)
-        for label in ("engine graph", "engine dependent", "engine persistent")
+        for label in ("fastgan graph", "fastgan dependent", "fastgan persistent")
         for precision in PRECISIONS
         for batch in batches(context)
     ]
@@ -101,7 +114,7 @@ def compile_one(batch: int, precision: str, label: str) -> None:
     context = Context(device, False, float("inf"))
     for name in KINDS if batch == batches(context)[0] else MAIN:
         try:
-            rivals.ENGINE[label](setting(context, name, batch, precision)).run()
+            ENGINE[label](case(context, name, batch, precision)).run()
         except Exception as e:  # the rows say why a way does not work
             print(f"{name}: {last_line(e)}", flush=True)
     wait(device)
@@ -111,123 +124,49 @@ def compile_one(batch: int, precision: str, label: str) -> None:
 
 
 def rows(context: Context) -> None:
-    """Every way that takes no compiler, by batch and precision; all kinds of update in turn."""
-    ways = rivals.hand_written(context.device) | rivals.ENGINE
+    """Every way that takes no compiler, by batch, precision and kind of update."""
     for batch in batches(context):
         for precision in PRECISIONS:
-            if context.left() < 15:
-                context.put("ended early", f"out of time at batch {batch}, {precision}")
-                return
-            kinds = [name for name in KINDS if batch == batches(context)[0] or name in MAIN]
-            context.part(f"batch {batch}, {precision}", partial(measured, context, batch, precision, kinds, ways))
+            for name in KINDS if batch == batches(context)[0] else MAIN:
+                key = f"{name}, batch {batch}, {precision}"
+                if context.left() < 15:
+                    context.put(key, {"skipped": "out of time"})
+                    continue
+                context.part(key, partial(measured, context, case(context, name, batch, precision), BY_HAND | ENGINE))
 
 
 def compiled(context: Context) -> None:
     """torch.compile's forms beside the fastest of the others, what matters most first."""
-    beside = ("eager graph", "engine graph", "engine dependent", "engine persistent", "engine reference graph")
-    known = rivals.hand_written(context.device) | rivals.ENGINE
-    others = {label: known[label] for label in beside if label in known}
-    forms = rivals.compiled(context.device)
+    beside = ("fastgan graph", "fastgan dependent", "fastgan persistent", "fastgan reference graph")
+    others = {"CUDA graph": BY_HAND["CUDA graph"]} | {label: ENGINE[label] for label in beside}
     for batch in batches(context):
         for precision in PRECISIONS:
-            for kind in ("wgan-gp critic", "vanilla iteration"):
-                for form in forms:
-                    key = f"batch {batch}, {precision}, {kind}, {form}"
+            for name in reversed(MAIN):
+                for label, form in COMPILED.items():
+                    key = f"{name}, batch {batch}, {precision}, {label}"
                     if context.left() < 60:
                         context.put(key, {"skipped": "out of time"})
                         continue
-                    ways = others | {form: forms[form]}
                     torch._dynamo.reset()
-                    context.part(key, partial(measured, context, batch, precision, (kind,), ways))
+                    of = case(context, name, batch, precision)
+                    context.part(key, partial(measured, context, of, others | {label: form}))
 
 
-def measured(
-    context: Context, batch: int, precision: str, kinds: Any, ways: Mapping[str, Callable[[Setting], Way]]
-) -> dict[str, Any]:
-    """By kind of update and way: whether it is right, its time, and what that is of the machine's limit."""
-    table: dict[str, Any] = {}
-    runs: dict[tuple[str, str], Way] = {}
-    settings = {name: setting(context, name, batch, precision) for name in kinds}
-    for name, s in settings.items():
-        kept: dict[str, Way] = {}
-        table[name] = rivals.prepared(s, ways, kept)
-        runs |= {(name, label): way for label, way in kept.items()}
-    rounds = 3 if context.tiny else 30
-    table["conditions"] = {
-        "batch": batch, "precision": precision,
-        "samples": "real rows, and a critic's given fakes: fixed, on the device",
-        "noise": "fresh in every update",
-        "timing": f"up to {rounds} rounds, ways in turn, blocks of at least {BLOCK_S * 1e3:g} ms between two waits",
-        "machine": conditions(context.device),
-    }  # fmt: skip
-    deadline = time.monotonic() + max(5.0, min(25.0, context.left() / 2))
-    with s.products():
-        timed = interleaved(
-            {"\n".join(key): way.many or way.run for key, way in runs.items()}, context.device, rounds, deadline
-        )  # fmt: skip
-    for (name, label), way in runs.items():
-        row, times = table[name][label], timed["\n".join((name, label))]
-        row |= {k: v / way.calls if k.endswith("_us") else v for k, v in times.items()}
-        row |= limits(context, settings[name], label, row["median_us"])
-    for name in kinds:
-        for label, row in table[name].items():
-            row |= ratios(table[name], label, row) if "median_us" in row else {}
-    for label, row in table.get(OVERHEAD[0], {}).items():
-        other = table.get(OVERHEAD[1], {}).get(label, {})
-        if "median_us" in row and "median_us" in other:
-            row["penalty_overhead"] = row["median_us"] / other["median_us"]
-    for label, row in table.get(CRITICS[0], {}).items():
-        other = table.get(CRITICS[1], {}).get(label, {})
-        if "median_us" in row and "median_us" in other:
-            row["critic_with_fakes_us"] = (row["median_us"] - other["median_us"]) / 4
+def measured(context: Context, of: Case, ways: Mapping[str, Make]) -> dict[str, Any]:
+    """A result of ``fastgan bench``, beside the machine's state; ``failed`` where a way of the engine is not right."""
+    limits = context.of("ceilings")
+    ceilings = {
+        "matrix_tflop_per_s": {p: limits.get(f"matrix {p}", {}).get("tflop_per_s") for p in PRECISIONS},
+        "copy_gb_per_s": limits.get("copy dram", {}).get("gb_per_s"),
+    }
+    settings = Settings(3 if context.tiny else 30, max(3.0, min(12.0, context.left() / 4)), ways)
+    found = Measurement(of, ceilings, settings).run() | {"conditions": conditions(of.device)}
     bad = [
-        f"{name}, {label}: {row.get('wrong') or row['failed']}"
-        for name in kinds
-        for label, row in table[name].items()
-        if label.startswith("engine") and ("wrong" in row or "failed" in row)
+        f"{label}: {row['reason']}"
+        for label, row in found["variants"].items()
+        if label.startswith("fastgan") and row["status"] in ("wrong", "failed")
     ]
-    return table | ({"failed": "; ".join(bad)} if bad else {})
-
-
-def ratios(table: Mapping[str, Any], label: str, row: Mapping[str, float]) -> dict[str, float]:
-    """How many times as long the usual ways take; of a way that is measured twice, the noise."""
-    found = {}
-    once = table.get(label.removesuffix(" again"), {})
-    if label.endswith(" again") and "median_us" in once:
-        found["noise"] = row["median_us"] / once["median_us"]
-    for usual in ("eager", "eager graph"):
-        if "median_us" in table.get(usual, {}):
-            found[f"{usual.replace(' ', '_')}_over_this"] = table[usual]["median_us"] / row["median_us"]
-    return found
-
-
-def limits(context: Context, s: Setting, label: str, time_us: float) -> dict[str, float]:
-    """Operations and bytes of the update, and the share of the time that the machine's measured limits account for.
-
-    Bytes are those of the optimiser alone, the least that an update moves; they may come from the cache.
-    """
-    closed = label.startswith("engine") and label != "engine autograd"
-    n_gflop = operations(s)["closed form" if closed else "autograd"]
-    sizes = [sum(p.numel() for p in net.parameters()) for net in (s.g, s.d)]
-    n_bytes = ADAM_BYTES * (s.n_critic * sizes[1] + (sizes[0] if s.work.whole else 0))
-    out: dict[str, float] = {"gflop": n_gflop, "bytes": n_bytes, "tflop_per_s": n_gflop / time_us * 1e3}
-    found = context.of("ceilings")
-    rate = found.get(f"matrix {s.precision}", {}).get("tflop_per_s")
-    bandwidth = found.get("copy l2", {}).get("gb_per_s")
-    if rate and bandwidth:
-        out["share_of_matrix_rate"] = out["tflop_per_s"] / rate
-        out["limit_us"] = n_gflop / rate * 1e3 + n_bytes / bandwidth / 1e3
-        out["share_of_limit"] = out["limit_us"] / time_us
-    return out
-
-
-def operations(s: Setting) -> dict[str, float]:
-    """GFLOP of the products, through autograd and in closed form."""
-    alone = gflop(dataclasses.replace(s.work, whole=False))  # an update of the critic, with its fakes
-    if s.work.whole:
-        return {k: whole + (s.n_critic - 1) * alone[k] for k, whole in gflop(s.work).items()}
-    fakes = 2 * s.work.batch * multiply_adds(s.g, torch.zeros(1, s.latent))[0] / 1e9
-    return {k: v - fakes for k, v in alone.items()}
+    return found | ({"failed": "; ".join(bad)} if bad else {})
 
 
 # ---- launches
@@ -235,35 +174,33 @@ def operations(s: Setting) -> dict[str, float]:
 
 def kernels(context: Context) -> None:
     """Kernels, copies and fills of one update by way, counted by the profiler and, of a graph, by the driver."""
-    ways = rivals.hand_written(context.device) | rivals.ENGINE
+    ways = BY_HAND | ENGINE
     ways = {label: make for label, make in ways.items() if not label.endswith(("again", "a call"))}
-    for name in ("vanilla iteration", "wgan-gp critic", "wgan-gp iteration"):
-        s = setting(context, name, batches(context)[0], "bf16")
+    for name in KINDS:
+        of = case(context, name, batches(context)[0], "bf16")
         for label, make in ways.items():
-            context.part(f"{name}, {label}", partial(counted, s, make))
+            context.part(f"{name}, {label}", partial(counted, of, make))
 
 
-def made(s: Setting, make: Callable[[Setting], Way]) -> Way:
+def made(of: Case, make: Make) -> Way:
     """One way, or a skip that says why there is none."""
-    import fastgan
-
     try:
-        return make(s)
-    except fastgan.InputError as e:
+        return make(of)
+    except (fastgan.InputError, Unable) as e:
         raise Skip(str(e)) from e
 
 
-def warm(s: Setting, make: Callable[[Setting], Way]) -> Way:
+def warm(of: Case, make: Make) -> Way:
     """The same, run a few times."""
-    way = made(s, make)
+    way = made(of, make)
     for _ in range(3):
         way.run()
     return way
 
 
-def counted(s: Setting, make: Callable[[Setting], Way]) -> dict[str, Any]:
-    way = warm(s, make)
-    found: dict[str, Any] = {"by profiler": profiled(way.run, s.device)}
+def counted(of: Case, make: Make) -> dict[str, Any]:
+    way = warm(of, make)
+    found: dict[str, Any] = {"by profiler": profiled(way.run, of.device)}
     if way.graph is not None:
         found["by driver"] = graph_nodes(way.graph)
     return found
@@ -306,24 +243,24 @@ def drift(context: Context) -> None:
     """Each executor against eager launches of the same backend, over many iterations of the same noise."""
     steps = 20 if context.tiny else 10_000
     pairs = {
-        "kernels graph": ("engine graph", "engine kernels"),
-        "kernels dependent": ("engine dependent", "engine kernels"),
-        "kernels persistent": ("engine persistent", "engine kernels"),
-        "reference graph": ("engine reference graph", "engine reference"),
-        "twice the same": ("engine reference", "engine reference"),
+        "kernels graph": ("fastgan graph", "fastgan kernels"),
+        "kernels dependent": ("fastgan dependent", "fastgan kernels"),
+        "kernels persistent": ("fastgan persistent", "fastgan kernels"),
+        "reference graph": ("fastgan reference graph", "fastgan reference"),
+        "twice the same": ("fastgan reference", "fastgan reference"),
     }
     for name, (a, b) in pairs.items():
         if context.left() < 10:
             context.put(name, {"skipped": "out of time"})
             continue
         count = max(1, steps // 10) if a == b else steps
-        context.part(name, partial(apart, context, rivals.ENGINE[a], rivals.ENGINE[b], count))
+        context.part(name, partial(apart, context, ENGINE[a], ENGINE[b], count))
 
 
-def apart(context: Context, a: Callable[..., Way], b: Callable[..., Way], steps: int) -> dict[str, Any]:
+def apart(context: Context, a: Make, b: Make, steps: int) -> dict[str, Any]:
     """Distance of all parameters after so many iterations, at powers of ten."""
-    s = setting(context, "wgan-gp iteration", batches(context)[0], "fp32")
-    ways = [made(s, make) for make in (a, b)]
+    of = case(context, "wgan-gp-mlp", batches(context)[0], "fp32")
+    ways = [made(of, make) for make in (a, b)]
     start = [p.detach().clone() for net in ways[0].networks for p in net.parameters()]
     found: dict[str, Any] = {"steps": 0}
     at = 1
@@ -335,7 +272,7 @@ def apart(context: Context, a: Callable[..., Way], b: Callable[..., Way], steps:
             x, y = ([p for net in way.networks for p in net.parameters()] for way in ways)
             equal = all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
             most = max(float((p - q).detach().abs().max()) for p, q in zip(x, y, strict=True))
-            found[f"after {step}"] = {"equal_bits": equal, "largest": most, "way_off": rivals.distance(x, y, start)}
+            found[f"after {step}"] = {"equal_bits": equal, "largest": most, "way_off": distance(x, y, start)}
             found["steps"] = step
             if context.left() < 5:
                 found["ended early"] = "out of time"
@@ -349,25 +286,25 @@ def apart(context: Context, a: Callable[..., Way], b: Callable[..., Way], steps:
 
 def memory(context: Context) -> None:
     """Peak of a critic update of 784-1024-1024-1024-1 at batch 4096 by way, networks and optimiser included."""
-    ways = rivals.hand_written(context.device) | rivals.ENGINE
+    ways = BY_HAND | ENGINE
     ways = {label: make for label, make in ways.items() if not label.endswith(("again", "a call"))}
     for precision in PRECISIONS:
         for label, make in ways.items():
             context.part(f"{label}, {precision}", partial(peak, context, make, precision))
 
 
-def peak(context: Context, make: Callable[[Setting], Way], precision: str) -> dict[str, float]:
+def peak(context: Context, make: Make, precision: str) -> dict[str, float]:
     """Bytes by torch's allocator: the most that lives in three updates, less the batch."""
 
-    def networks() -> Networks:
-        g, d = bench_memory.networks()
-        return g, d, bench_memory.LATENT, (784,)
+    def arguments() -> Arguments:
+        _, d = bench_memory.networks()
+        return WORKLOADS["wgan-gp-critic"].arguments() | {"discriminator": d}
 
-    s = Setting.of(Work(networks, WGAN_GP, 10.0, bench_memory.BATCH), context.device, precision)
+    of = Case(Workload("wide critic", "", arguments), bench_memory.BATCH, context.device, precision)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    _way = warm(s, make)  # held while memory is read
+    _way = warm(of, make)  # held while memory is read
     wait(context.device)
     held = torch.cuda.max_memory_allocated() - before
     return {"peak_bytes": held, "in_layers": held / bench_memory.UNIT, "reserved_bytes": torch.cuda.memory_reserved()}

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from fastgan.benchmark.measure import last_line
+
 NO_CUDA = "no CUDA device"
 
 
@@ -117,15 +119,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, int | str | None) else str(value)
-
-
-def last_line(e: BaseException) -> str:
-    """Of a traceback, shortened."""
-    text = "".join(traceback.format_exception_only(e)).strip()
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    kind = type(e).__name__
-    line = lines[-1] if lines else kind
-    return (line if line.startswith(kind) or len(lines) == 1 else f"{kind}: {line}")[:400]
 
 
 def run_here(name: str, section: Section, results: Results, *, device: torch.device, tiny: bool, seconds: float) -> str:

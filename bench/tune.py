@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from bench.ceilings import captured
-from bench.sections import NO_CUDA, Context, last_line
+from bench.sections import NO_CUDA, Context
+from fastgan.benchmark.measure import last_line
 from fastgan.benchmark.timing import interleaved, wait
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)

@@ -67,8 +67,11 @@ def of_iteration(engine: Engine, run: Callable[[], object]) -> Cost:
     """Of an iteration that ``run`` makes: torch ops as they run, plans by what their calls were made of.
 
     The engine's own optimisers read and write value, gradient, two moments and the average of every parameter once. In
-    iterations that are lists of kernels their launches count.
+    iterations that are lists of kernels their launches count; what a recording replays is run as it was recorded.
     """
+    variants = engine._executor.variants if engine._executor is not None else []
+    if variants and variants[-1].recording is not None:
+        run = variants[-1].body
     with _Watch() as seen:
         before, marks.listener = marks.listener, _Plans(seen)
         try:
@@ -80,7 +83,6 @@ def of_iteration(engine: Engine, run: Callable[[], object]) -> Cost:
         if updater is not None and updater.arena is not None and updater.optimizer is None:
             tensors = 7 + 2 * (updater is engine._g and engine.generator_ema is not None)
             seen.bytes += times * tensors * updater.arena.grad.nbytes
-    variants = engine._executor.variants if engine._executor is not None else []
     if variants and variants[-1].iterations:
         launches = len(variants[-1].iterations[0].calls)
     return Cost(seen.products, seen.convolutions, launches, seen.flops, seen.bytes)

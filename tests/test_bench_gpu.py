@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +20,9 @@ if not (TREE / "bench" / "gpu.py").is_file():
     pytest.skip("the benchmarks are not part of the wheel", allow_module_level=True)
 sys.path.insert(0, str(TREE))  # where pytest is not started as a module
 
-from bench import gpu, rivals, rows, sections, tiles, tune  # noqa: E402
-from bench.bench_closed_form import WGAN_GP, Work  # noqa: E402
-from bench.rivals import Setting, Standard, by_engine, by_hand  # noqa: E402
+from bench import gpu, rows, sections, tiles, tune  # noqa: E402
 from bench.sections import Context, Results, Section, Skip  # noqa: E402
+from fastgan.benchmark.variants import by_engine  # noqa: E402
 
 CPU = torch.device("cpu")
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="says what is skipped without a GPU")
@@ -32,10 +30,6 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="says what i
 
 def context(**data: Any) -> Context:
     return Context(CPU, True, time.monotonic() + 60, read=lambda name: data.get(name, {}))
-
-
-def setting(weight: float = 10.0, precision: str = "fp32", whole: bool = True) -> Setting:
-    return Setting.of(Work(rows.small, WGAN_GP, weight, 6, whole=whole), CPU, precision)
 
 
 # ---- the command
@@ -59,24 +53,24 @@ def test_all_sections_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert data["ceilings"]["matrix fp32"]["tflop_per_s"] > 0
     assert data["ceilings"]["graph node, dependent"] == {"skipped": "no CUDA device"}
     for precision in rows.PRECISIONS:
-        table = data["rows"][f"batch 4, {precision}"]
-        assert table["conditions"]["machine"]["torch"] == torch.__version__
-        for kind in rows.KINDS:
-            for label in ("eager", "eager again", "engine autograd", "engine reference"):
-                row = table[kind][label]
-                assert row["right"], (kind, label, row)
-                assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
-                assert row["eager_over_this"] > 0
-                assert row["share_of_limit"] > 0
-            assert table[kind]["eager again"]["noise"] > 0
-            assert "median_us" not in table[kind]["engine persistent"]  # whatever the reason
-        assert table["wgan-gp critic"]["engine reference"]["penalty_overhead"] > 0
+        for name in rows.KINDS:
+            found = data["rows"][f"{name}, batch 4, {precision}"]
+            assert found["conditions"]["torch"] == torch.__version__
+            ways = found["variants"]
+            for label in ("eager", "eager again", "fastgan autograd", "fastgan reference"):
+                assert ways[label]["status"] == "ok", (name, label, ways[label])
+                assert 0 < ways[label]["p20_us"] <= ways[label]["median_us"] <= ways[label]["p80_us"]
+                assert ways[label]["eager_over_this"] > 0
+                assert ways[label]["share_of_matrix_rate"] > 0
+            assert "median_us" not in ways["fastgan persistent"]  # whatever the reason
+            if "wgan" in name:
+                assert ways["fastgan reference"]["penalty_overhead"] > 0
     assert data["drift"]["twice the same"]["after 2"]["equal_bits"]
     summary = gpu.summary(result)
     assert summary in out
     assert len(out) < 12_000
     assert max(map(len, summary.splitlines())) <= 120
-    assert "batch 4, fp32, wgan-gp critic" in summary
+    assert "wgan-gp-critic, batch 4, fp32" in summary
 
 
 @without_cuda
@@ -164,65 +158,15 @@ def test_the_file_is_whole_at_every_moment(tmp_path: Path, monkeypatch: pytest.M
     assert results.load()["sections"] == {"one": {"status": "ok"}}
 
 
-# ---- ways
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_wrong_way_is_not_timed(precision: str) -> None:
-    def wrong_weight(s: Setting) -> rivals.Way:
-        return by_hand(replace(s, work=replace(s.work, weight=5.0)))
-
-    def other_alpha(s: Setting) -> rivals.Way:
-        way = by_hand(s)
-        right = way.given
-        assert right is not None
-        way.given = lambda noise: right((noise[0], noise[1].flip(0), noise[2]))
-        return way
-
-    def breaks(s: Setting) -> rivals.Way:
-        raise RuntimeError("no such form")
-
-    kept: dict[str, rivals.Way] = {}
-    ways = {"eager": by_hand, "weight": wrong_weight, "alpha": other_alpha, "breaks": breaks}
-    table = rivals.prepared(setting(precision=precision), ways, kept)
-    assert [*kept] == ["eager"]
-    assert table["eager"]["right"]
-    for label in ("weight", "alpha"):
-        assert not table[label]["right"]
-        assert "not timed" in table[label]["wrong"]
-    assert table["breaks"] == {"failed": "RuntimeError: no such form"}
-
-
-def test_a_wrong_path_of_the_engine_fails_its_section(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_path_of_the_engine_fails_its_section() -> None:
     c = context()
-    wrong = lambda s: by_engine(replace(s, work=replace(s.work, weight=5.0)))  # noqa: E731
-    table = rows.measured(c, 4, "fp32", ("wgan-gp critic",), {"eager": by_hand, "engine wrong": wrong})
-    assert "median_us" in table["wgan-gp critic"]["eager"]
-    assert "median_us" not in table["wgan-gp critic"]["engine wrong"]
-    assert table["failed"] == "wgan-gp critic, engine wrong: not the engine's update: not timed"
-
-
-def test_graphs_start_where_the_networks_did(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Warm-up before a capture trains; parameters and Adam's state must be as before it."""
-
-    def graphs(runs: Any, device: torch.device) -> list[Any]:
-        for _ in range(3):
-            runs[0]()
-        return [SimpleNamespace(replay=run) for run in runs]
-
-    monkeypatch.setattr(rivals, "_graphs", graphs)
-    monkeypatch.setattr(rivals, "GRAPHED", {"fused": True})
-    s = setting()
-    found = Standard(s).hold(by_hand(s, graph=True), given=True)
-    assert found["right"], found
-    monkeypatch.setattr(rivals, "_reset", lambda *args: None)
-    assert not Standard(s).hold(by_hand(s, graph=True), given=True)["right"]
-
-
-def test_a_compiled_form_is_the_same_update() -> None:
-    s = setting(whole=False)
-    found = Standard(s).hold(by_hand(s, compiled={"backend": "aot_eager"}, fused=True), given=True)
-    assert found["right"], found
+    of = rows.case(c, "wgan-gp-critic", 4, "fp32")
+    ways = {"eager": rows.BY_HAND["eager"], "fastgan wrong": lambda case: by_engine(case.without_penalties())}
+    found = rows.measured(c, of, ways)
+    assert found["variants"]["eager"]["median_us"] > 0
+    assert found["variants"]["fastgan wrong"]["status"] == "wrong"
+    assert "median_us" not in found["variants"]["fastgan wrong"]
+    assert found["failed"].startswith("fastgan wrong: its gradients are")
 
 
 # ---- tiles

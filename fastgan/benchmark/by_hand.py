@@ -2,9 +2,10 @@
 
 Eager is the usual loop: ``zero_grad``, ``backward``, torch's default Adam, the discriminator's gradients computed in
 the generator's update and thrown away. Its fakes are detached, and R1 and R2 share the loss's forward pass. The
-compiled forms are one full graph from noise to gradients for each player, with fused Adam outside: by ``torch.func.grad`` twice,
-or by ``torch.autograd.grad`` twice under ``trace_autograd_ops`` (plain ``create_graph=True`` is refused by the
-compiler), there with real and fake samples in one call where no layer mixes rows.
+compiled forms are one full graph from noise to gradients for each player, with fused Adam outside: by
+``torch.func.grad`` twice, or by ``torch.autograd.grad`` twice under ``trace_autograd_ops`` (plain
+``create_graph=True`` is refused by the compiler), there with real and fake samples in one call where no layer mixes
+rows.
 """
 
 from __future__ import annotations

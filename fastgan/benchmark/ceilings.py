@@ -8,8 +8,8 @@ import torch
 
 from fastgan.benchmark.timing import median_us
 
-SIDES = {"cpu": (512, 1024, 2048), "cuda": (8192,)}  # of square products, the fastest of which counts
-COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes, more than caches hold
+SIDES = {"cpu": (1024, 2048), "cuda": (8192,)}  # of square products, the fastest of which counts
+COPIED = {"cpu": 2**27, "cuda": 2**30}  # bytes, more than caches hold
 
 
 def matrix(precision: str, n: int, device: torch.device, rounds: int = 10) -> dict[str, float]:
@@ -37,8 +37,8 @@ def copy(n_bytes: int, device: torch.device, rounds: int = 20) -> dict[str, floa
 def ceilings(device: torch.device, precision: str) -> dict[str, Any]:
     """Of the schema's ``ceilings``: products in fp32, bf16 and the precision asked for, and copies in main memory."""
     rates = {
-        kind: max(matrix(kind, side, device)["tflop_per_s"] for side in SIDES[device.type])
+        kind: max(matrix(kind, side, device, 4)["tflop_per_s"] for side in SIDES[device.type])
         for kind in dict.fromkeys(("fp32", "bf16", precision))
     }
-    copied = max(copy(COPIED[device.type], device, 5)["gb_per_s"] for _ in range(3))
+    copied = max(copy(COPIED[device.type], device, 4)["gb_per_s"] for _ in range(3))
     return {"matrix_tflop_per_s": rates, "copy_gb_per_s": copied}

@@ -31,7 +31,7 @@ Result = dict[str, Any]
 
 
 def run(
-    asked: Sequence[Case], settings: Settings, *, command: str, isolated: bool = False,
+    asked: Sequence[Case], settings: Settings, *, command: str, isolated: bool = False, limits: Result | None = None,
     done: Callable[[Result], None] = lambda result: None,
 ) -> Result:  # fmt: skip
     """Measure cases.
@@ -41,13 +41,16 @@ def run(
         settings: how.
         command: as it was called, for the record.
         isolated: a process for each variant.
+        limits: of the machine, where they are known.
         done: takes all results so far, after each of them.
 
     Returns:
         The object that ``bench/README.md`` describes.
     """
     device, precision = asked[0].device, asked[0].precision
-    settings.say("the machine's limits")
+    if limits is None:
+        settings.say("the machine's limits")
+        limits = ceilings(device, precision)
     how = "each variant in a process of its own" if isolated else "variants in turn, one block of calls each a round"
     timing = f"{how}; at most {settings.rounds} rounds or {settings.seconds:g} s of a case; medians"
     result: Result = {
@@ -55,7 +58,7 @@ def run(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "conditions": conditions(device, timing=timing),
-        "ceilings": ceilings(device, precision),
+        "ceilings": limits,
         "results": [],
     }
     for case in asked:
@@ -65,13 +68,13 @@ def run(
             settings.say(at + text)
 
         how_here = dataclasses.replace(settings, say=say)
-        measured = _isolated(case, how_here) if isolated else Measurement(case, result["ceilings"], how_here).run()
+        measured = _isolated(case, how_here, limits) if isolated else Measurement(case, limits, how_here).run()
         result["results"].append(measured)
         done(result)
     return result
 
 
-def _isolated(case: Case, settings: Settings) -> Result:
+def _isolated(case: Case, settings: Settings, limits: Result) -> Result:
     """One process after the other; the ratios are those of their medians."""
     rows: dict[str, Any] = {}
     for name in settings.variants:
@@ -80,7 +83,7 @@ def _isolated(case: Case, settings: Settings) -> Result:
             sys.executable, "-m", "fastgan", "bench", "--workload", case.workload.name, "--batch", str(case.batch),
             "--variant", name, "--device", str(case.device), "--precision", case.precision,
             "--rounds", str(settings.rounds), "--seconds", str(settings.seconds),
-            "--threads", str(torch.get_num_threads()), "--json", "-", "--quiet",
+            "--threads", str(torch.get_num_threads()), "--limits", json.dumps(limits), "--json", "-", "--quiet",
         ]  # fmt: skip
         child = subprocess.run(command, capture_output=True, text=True)
         try:
@@ -129,7 +132,9 @@ def main(args: Namespace) -> int:
         if args.json not in (None, "-"):
             write_whole(Path(args.json), (as_json(result) + "\n").encode())
 
-    result = run(found, settings, command=shlex.join(["fastgan", *sys.argv[1:]]), isolated=args.isolate, done=done)
+    limits = json.loads(args.limits) if args.limits else None
+    called = shlex.join(["fastgan", *sys.argv[1:]])
+    result = run(found, settings, command=called, isolated=args.isolate, limits=limits, done=done)
     if args.json == "-":
         print(as_json(result))
     else:

@@ -118,8 +118,7 @@ class Measurement:
                 runs[name, "generator"] = _call(way, way.generate)
             if penalised:
                 self.settings.say(f"{name}: made without penalty")
-                bare = self.settings.variants[name](case.without_penalties())
-                runs[name, "bare"] = _call(bare)
+                runs[name, "bare"] = _call(self.settings.variants[name](case.without_penalties()))
         self.settings.say("timed without penalty")
         deadline = time.monotonic() + self.settings.seconds / 2
         named = {"\n".join(key): run for key, run in runs.items()}
@@ -144,12 +143,13 @@ class Measurement:
         row["seconds_per_kimg"] = us / 1e3 / self.case.images
         cost = own or self._costs.get(PLAIN)
         if cost is not None:
-            rate = self.ceilings["matrix_tflop_per_s"][self._ways[name].numbers]
             row["gflop"], row["tflop_per_s"] = cost.flops / 1e9, cost.flops / us / 1e6
-            row["share_of_matrix_rate"] = row["tflop_per_s"] / rate
+            if rate := self.ceilings["matrix_tflop_per_s"].get(self._ways[name].numbers):
+                row["share_of_matrix_rate"] = row["tflop_per_s"] / rate
         if own is not None:
             row["launches"], row["gb"], row["gb_per_s"] = own.launches, own.bytes / 1e9, own.bytes / us / 1e3
-            row["share_of_bandwidth"] = row["gb_per_s"] / self.ceilings["copy_gb_per_s"]
+            if bandwidth := self.ceilings["copy_gb_per_s"]:
+                row["share_of_bandwidth"] = row["gb_per_s"] / bandwidth
 
     def _measure_energy(self) -> None:
         """Joule for a thousand real images, from the GPU's counter over some seconds."""

@@ -44,7 +44,7 @@ class Held:
         if self.device.type == "cuda":
             run()
             wait(self.device)
-            return int(torch.cuda.max_memory_allocated(self.device) - self._before)
+            return int(torch.cuda.max_memory_allocated(self.device)) - int(self._before)
         now = self._now()
         kept = sum(size for at, size in now.items() if self._before.get(at) != size)
         return kept + transient(run)
@@ -69,4 +69,4 @@ def transient(run: Callable[[], object]) -> int:
     for _, size in changes:
         live += size
         most = max(most, live)
-    return most
+    return int(most)
