@@ -1198,6 +1198,8 @@ def device_of(what: str, device: str | torch.device) -> torch.device:
         raise InputError(f"{what} is {device!r}, expected 'auto', 'cpu' or 'cuda'")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"{what} is {device!r}, but no CUDA device is available")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"{what} is {device!r}, but torch finds {torch.cuda.device_count()} CUDA devices")
     return chosen if chosen.type == "cpu" or chosen.index is not None else _current_gpu()
 
 

@@ -31,6 +31,7 @@ from torch import nn
 from fastgan import __version__
 from fastgan.arithmetic import Arithmetic
 from fastgan.closeness import Closeness, measure
+from fastgan.engine import device_of
 from fastgan.errors import InputError, unknown
 
 SCHEMA = 1
@@ -430,7 +431,7 @@ def run(
         InputError: a name, dtype or device is unknown or not there, or kernels were imported for the other device.
     """
     wanted = [_dtype(name) for name in dtypes] or [*DTYPES]
-    place = _device(device)
+    place = device_of("device", device)
     specs = {spec.name: spec for spec in _specs(place)}
     couples = {pair.name: pair for pair in pairs()}
     for name in names:
@@ -522,20 +523,6 @@ def _dtype(name: str) -> str:
     if found not in DTYPES:
         raise unknown("dtype", name, (*DTYPES, *_ALSO))
     return found
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if str(device) == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except RuntimeError as e:
-        raise InputError(f"device: {device!r}, expected auto, cpu, cuda, cuda:1, ...") from e
-    if place.type not in ("cpu", "cuda"):
-        raise InputError(f"device: {device!r}, expected auto, cpu, cuda, cuda:1, ...")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device: {device!r}, but torch finds {torch.cuda.device_count()} CUDA devices")
-    return place
 
 
 def _specs(device: torch.device) -> tuple[Any, ...]:
