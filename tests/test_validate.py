@@ -315,7 +315,7 @@ def test_derivatives_of_few_numbers_are_taken_of_several_projections(monkeypatch
         (["--op", "wgangp"], "did you mean 'wgan-gp'?"),
         (["--dtype", "fp23"], "unknown dtype 'fp23'; did you mean"),
         (["--device", "tpu"], "device is 'tpu', expected 'auto', 'cpu' or 'cuda'"),
-        (["--device", "cuda:77"], "device is 'cuda:77', but no CUDA device"),
+        (["--device", "cuda:77"], "device is 'cuda:77', but "),
     ],
 )
 def test_mistakes_are_one_line(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

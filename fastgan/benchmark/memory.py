@@ -46,7 +46,7 @@ class Held:
             wait(self.device)
             return int(torch.cuda.max_memory_allocated(self.device)) - int(self._before)
         now = self._now()
-        kept = sum(size for at, size in now.items() if self._before.get(at) != size)
+        kept: int = sum(size for at, size in now.items() if self._before.get(at) != size)
         return kept + transient(run)
 
 
