@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ class Gpu:
         self.missing: list[str] = []
         self._failed: set[str] = set()
         self._gpm: list[Any] = []  # the last sample, and the memory of the next
-        self._own_memory_seen = False
+        self._listed: bool | None = None  # this process among those of the GPU; None: not asked
         self._nvml: Any = None
         self.mig: Any = None
         try:
@@ -63,8 +64,8 @@ class Gpu:
 
         Returns:
             ``gpu_percent`` and ``memory_percent`` (of the time in which a kernel ran, in which memory was read or
-            written), ``gpu_memory_bytes``, ``gpu_memory_total_bytes``, ``process_gpu_memory_bytes``, ``power_w``,
-            ``sm_clock_mhz``, ``memory_clock_mhz``, ``temperature_c``; from the second call, and on GPUs with GPM,
+            written), ``gpu_memory_bytes``, ``process_gpu_memory_bytes``, ``power_w``, ``sm_clock_mhz``,
+            ``memory_clock_mhz``, ``temperature_c``; from the second call, and on GPUs with GPM,
             ``sm_percent``, ``tensor_percent`` and ``dram_percent``: means since the call before.
         """
         return self._known(_SAMPLE) | self._activity()
@@ -78,7 +79,7 @@ class Gpu:
         """Let NVML go; adds to :attr:`missing` what never could be had."""
         if self._nvml is None:
             return
-        if "process_gpu_memory_bytes" not in self._failed and not self._own_memory_seen:
+        if self._listed is False:
             self.missing.append("memory of this process: the driver does not list it (process ids of a container?)")
         self._close()
 
@@ -180,24 +181,26 @@ class Gpu:
         for i, (_, metric) in enumerate(wanted.values()):
             asked.metrics[i].metricId = getattr(nvml, metric)
         nvml.nvmlGpmMetricsGet(asked)
-        found = {}
+        found: dict[str, float] = {}
         for i, (name, (label, _)) in enumerate(wanted.items()):
             code = asked.metrics[i].nvmlReturn
+            value = float(asked.metrics[i].value)
             if code == nvml.NVML_SUCCESS:
-                found[name] = float(asked.metrics[i].value)
+                found |= {name: value} if math.isfinite(value) else {}
             else:
                 self._failed.add(name)
                 self.missing.append(f"{label}: {_why(nvml, nvml.NVMLError(code))}")
         return found
 
     def _own_memory(self) -> int | None:
-        for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(self.part):
-            if process.pid == os.getpid():
-                if process.usedGpuMemory is None:
-                    raise Unavailable("the driver does not say")
-                self._own_memory_seen = True
-                return int(process.usedGpuMemory)
-        return None
+        listed = self._nvml.nvmlDeviceGetComputeRunningProcesses(self.part)
+        own = next((p for p in listed if p.pid == os.getpid()), None)
+        self._listed = bool(self._listed) or own is not None
+        if own is None:
+            return None  # nothing of it is on the GPU yet, or its number is another there
+        if own.usedGpuMemory is None:
+            raise Unavailable("the driver does not say")
+        return int(own.usedGpuMemory)
 
 
 def state(device: torch.device) -> dict[str, Any]:
@@ -269,7 +272,6 @@ _SAMPLE = {
     "gpu_percent": Figure("GPU utilisation", lambda g: g._nvml.nvmlDeviceGetUtilizationRates(g.whole).gpu),
     "memory_percent": Figure("memory utilisation", lambda g: g._nvml.nvmlDeviceGetUtilizationRates(g.whole).memory),
     "gpu_memory_bytes": Figure("memory of the GPU", lambda g: g._nvml.nvmlDeviceGetMemoryInfo(g.part).used),
-    "gpu_memory_total_bytes": Figure("size of memory", lambda g: g._nvml.nvmlDeviceGetMemoryInfo(g.part).total),
     "process_gpu_memory_bytes": Figure("memory of this process", Gpu._own_memory),
     "power_w": _POWER,
     "sm_clock_mhz": _SM_CLOCK,
