@@ -46,12 +46,12 @@ class Sampler:
         self._series: dict[str, list[list[float]]] = {}
         self._missing: list[str] = []
         self._energy_j: float | None = None
+        self._last: tuple[float, float] | None = None  # sample: wall and process time
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fastgan sampler", daemon=True)
 
     def __enter__(self) -> Sampler:
         self.begin = time.perf_counter()
-        self._cpu = self.begin, time.process_time()
         self._thread.start()
         return self
 
@@ -87,7 +87,7 @@ class Sampler:
             self._take(gpu)
             while not self._stop.wait(self.interval_s):
                 self._take(gpu)
-            if time.perf_counter() - self._cpu[0] > self.interval_s / 2:  # the end, unless it is as good as seen
+            if self._last and time.perf_counter() - self._last[0] > self.interval_s / 2:  # the end is not yet seen
                 self._take(gpu)
             if gpu:
                 self._energy(before, gpu.energy_j(), time.perf_counter() - begin)
@@ -102,9 +102,9 @@ class Sampler:
     def _take(self, gpu: Gpu | None) -> None:
         now, cpu = time.perf_counter(), time.process_time()
         values: dict[str, float] = {}
-        if self._series:  # the first is a moment, not an interval
-            values["process_cpu_percent"] = 100 * (cpu - self._cpu[1]) / (now - self._cpu[0])
-        self._cpu = now, cpu
+        if self._last is not None:
+            values["process_cpu_percent"] = 100 * (cpu - self._last[1]) / (now - self._last[0])
+        self._last = now, cpu
         values |= _process()
         if gpu:
             values |= gpu.sample()
@@ -118,7 +118,7 @@ class Sampler:
         power = self._series.get("power_w", [])
         if before is not None and after is not None:
             self._energy_j = after - before
-        elif len(power) > 1:
+        elif before is None and len(power) > 1 and power[-1][0] > elapsed_s - 2 * self.interval_s:
             self._energy_j = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(power))
             self._missing.append("energy counter: energy is the sum over the power samples instead")
         if self._energy_j is not None and elapsed_s < ENERGY_S:
