@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from bench.conditions import conditions, write
+from bench.timer import after_warm_up, timed
 from fastgan._native import ext
 
 IMAGES, SHAPE, ROUNDS = 50_000, (3, 32, 32), 300
@@ -57,12 +59,13 @@ def images() -> npt.NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (IMAGES, *SHAPE), dtype=np.uint8)
 
 
-@pytest.mark.benchmark(group="gather", warmup=True)
+@timed
 @pytest.mark.parametrize("name", list(variants(np.empty((1, *SHAPE), np.uint8), 1)))
 def test_gather(benchmark, name: str) -> None:
     rng = np.random.default_rng(1)
     run = variants(images(), 256)[name]
-    benchmark(run, rng.integers(0, IMAGES, 256), rng.random(256) < 0.5)
+    benchmark.group = "gather"
+    after_warm_up(benchmark, partial(run, rng.integers(0, IMAGES, 256), rng.random(256) < 0.5))
 
 
 def measure(x: npt.NDArray[np.uint8], batch: int) -> dict[str, dict[str, float]]:
