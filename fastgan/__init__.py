@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastgan.errors import InputError
     from fastgan.fusion import fuse
     from fastgan.optim import Adam, AdamW, Schedule
+    from fastgan.profiling import profile
     from fastgan.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ _HOME = {
     "fuse": "fusion",
     "native_available": "_native",
     "open_dataset": "data",
+    "profile": "profiling",
     "use_backend": "backend",
 }
 
@@ -48,6 +50,7 @@ __all__ = [
     "nn",
     "open_dataset",
     "penalties",
+    "profile",
     "use_backend",
 ]
 

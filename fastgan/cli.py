@@ -1,4 +1,4 @@
-"""The command line: ``fastgan train | sample | evaluate | export | bench | validate | doctor``.
+"""The command line: ``fastgan train | sample | evaluate | export | bench | profile | validate | doctor``.
 
 Nothing heavy is imported before the arguments are read. A mistake that the user can mend ends in one line on the
 standard error and exit code 2.
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_RECIPE = "wgan-gp"
 _MOST_THREADS = 4096
+_PROFILE_S = 10
 
 # option, key paths in the recipe, what --help says
 _RECIPE_OPTIONS: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
@@ -146,6 +147,20 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--quiet", action="store_true", help="no progress")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
+    p = command("profile", "[--recipe NAME|FILE] [options]", "where time and memory go, and what to change")
+    p.add_argument("--recipe", metavar="NAME|FILE", help=f"what to train meanwhile (default: {_DEFAULT_RECIPE})")
+    for option, _, metavar, text in _RECIPE_OPTIONS:
+        if option != "--kimg":
+            p.add_argument(option, metavar=metavar, help=text)
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the recipe")
+    p.add_argument("--iterations", type=int, metavar="N", help=f"how many (default: {_PROFILE_S} seconds' worth)")
+    p.add_argument("--json", metavar="FILE", help="write the result")
+    p.add_argument("--html", metavar="FILE", help="write the result as one page")
+    p.add_argument("--trace", metavar="FILE", help="write a few iterations as a Chrome trace")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    p.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    p.add_argument("--quiet", action="store_true", help="no progress")
+
     p = command("validate", "[--op NAME] [--dtype D] [options]", "hold every op and update to fp64, beside PyTorch")
     p.add_argument("--op", action="append", default=[], metavar="NAME", help="an op or a pair; may be repeated")
     p.add_argument(
@@ -177,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin for long are 20 times slower on cores that are shared
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     commands = {"train": _train, "sample": _sample, "evaluate": _evaluate, "export": _export, "bench": _bench,
-                "validate": _validate, "doctor": _doctor}  # fmt: skip
+                "profile": _profile, "validate": _validate, "doctor": _doctor}  # fmt: skip
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -254,7 +269,7 @@ def _overrides(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
     """What the options put before the recipe's values, the general options first."""
     found: dict[str, tuple[str, Any]] = {}
     for option, paths, *_ in _RECIPE_OPTIONS:
-        value: Any = getattr(args, option.strip("-").replace("-", "_"))
+        value: Any = getattr(args, option.strip("-").replace("-", "_"), None)
         if value is not None:
             if option == "--ema":
                 value = None if value == "none" else {"decay": value}
@@ -483,6 +498,40 @@ def _bench(args: argparse.Namespace) -> int:
     from fastgan.benchmark import command
 
     return command.main(args)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    _threads(args.threads)
+    files = {name: path for name in ("json", "html", "trace") if (path := getattr(args, name)) is not None}
+    for name, path in files.items():
+        if not Path(path).parent.is_dir():
+            raise InputError(f"--{name}: {path}: there is no folder {Path(path).parent}")
+    import time
+
+    import torch
+
+    from fastgan.data.resident import ResidentFeed
+    from fastgan.profiling import profile
+    from fastgan.recipes.schema import load_recipe
+    from fastgan.trainer import Trainer
+
+    recipe = load_recipe(args.recipe or _DEFAULT_RECIPE, _overrides(args))
+    torch.manual_seed(recipe.seed)  # what dropout draws from
+    trainer = Trainer.from_recipe(recipe, device=args.device, progress="none")
+    progress = None if args.quiet else lambda line: print(f"profile: {line}", file=sys.stderr, flush=True)
+    p = profile(trainer.engine, what=f"recipe {recipe.name}", progress=progress)
+    if args.iterations is not None and args.iterations < p.least:
+        raise InputError(f"--iterations: {args.iterations}, expected at least {p.least}")
+    at_once = 64 if isinstance(trainer.feed, ResidentFeed) else 1
+    with p:
+        made, end = 0, time.monotonic() + _PROFILE_S
+        while made < (args.iterations or p.least) or (args.iterations is None and time.monotonic() < end):
+            count = min(at_once, args.iterations - made) if args.iterations else at_once
+            trainer.engine.run(trainer.feed, count)
+            made += count
+    p.write(**files)
+    print(p)
+    return 0
 
 
 def _validate(args: argparse.Namespace) -> int:

@@ -42,7 +42,7 @@ class Cost:
 def of_plan(plan: Plan) -> Cost:
     """Of a plan, which runs once: launches are the torch ops that its calls make, and one for each native call."""
     program, native = plan.program, 0
-    with torch.no_grad(), _Watch() as seen:
+    with torch.no_grad(), OpWatch() as seen:
         for call in program.calls:
             before = seen.launches
             call()
@@ -58,7 +58,7 @@ def of_plan(plan: Plan) -> Cost:
 
 def measured(run: Callable[[], object]) -> Cost:
     """Of what ``run`` does in torch ops."""
-    with _Watch() as seen:
+    with OpWatch() as seen:
         run()
     return Cost(seen.products, seen.convolutions, seen.launches, seen.flops, seen.bytes)
 
@@ -72,7 +72,7 @@ def of_iteration(engine: Engine, run: Callable[[], object]) -> Cost:
     variants = engine._executor.variants if engine._executor is not None else []
     if variants and variants[-1].recording is not None:
         run = variants[-1].body
-    with _Watch() as seen:
+    with OpWatch() as seen:
         before, marks.listener = marks.listener, _Plans(seen)
         try:
             run()
@@ -91,7 +91,7 @@ def of_iteration(engine: Engine, run: Callable[[], object]) -> Cost:
 class _Plans:
     """Hears which plans run, and counts what they are known to do in the place of what is seen of them."""
 
-    def __init__(self, seen: _Watch) -> None:
+    def __init__(self, seen: OpWatch) -> None:
         self.seen = seen
 
     @contextlib.contextmanager
@@ -119,7 +119,9 @@ class _Plans:
         seen.bytes += sum(n for _, n in work.costs)
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OpWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the torch ops of a run that are no views."""
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.products = self.convolutions = self.launches = self.flops = self.bytes = 0

@@ -78,7 +78,7 @@ class Watch(TorchDispatchMode):
 
     def _noting(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            self._note(f"{name} waits for the device")
+            self._note(name, "waits for the device", {"cuda"})
             return original(*args, **kwargs)
 
         return call
@@ -86,18 +86,20 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if (name := reads_back(func, args)) is not None:
-            self._note(f"{name} waits for the device")
+            self._note(name, "waits for the device", _devices((args, kwargs)))
         elif not func.is_view:
             given, made = _devices((args, kwargs)), _devices(out)
             if "cuda" in given and "cpu" in made:
-                self._note(f"{func._schema.name} copies to the host")
+                self._note(func._schema.name, "copies to the host", given)
             elif "cpu" in given and "cuda" in made and "cuda" not in given:
-                self._note(f"{func._schema.name} copies from the host")
+                self._note(func._schema.name, "copies from the host", made)
         return out
 
-    def _note(self, what: str) -> None:
-        if line := _users_line():
-            what = f"{what}, called at {line}"
+    def _note(self, op: str, does: str, devices: set[str]) -> None:
+        what = f"{op} {does}"
+        if line := users_line():
+            file, number, source = line
+            what = f"{what}, called at {file}:{number}" + (f" ({source})" if source else "")
         if what not in self.found:
             self.found.append(what)
 
@@ -106,16 +108,16 @@ def _devices(tree: Any) -> set[str]:
     return {t.device.type for t in tree_leaves(tree) if isinstance(t, Tensor)}
 
 
-_OWN = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+FASTGAN = str(Path(__file__).parent)
+_OWN = (FASTGAN, str(Path(torch.__file__).parent))
 
 
-def _users_line() -> str | None:
+def users_line() -> tuple[str, int, str] | None:
     """File, line and source of the innermost frame that is neither torch's nor fastgan's."""
     for frame, number in traceback.walk_stack(None):
         file = frame.f_code.co_filename
         if not file.startswith((*_OWN, "<frozen", "<string")):
-            source = linecache.getline(file, number).strip()
-            return f"{file}:{number}" + (f" ({source})" if source else "")
+            return file, number, linecache.getline(file, number).strip()
     return None
 
 
