@@ -81,8 +81,8 @@ class Profile:
 
     @property
     def least(self) -> int:
-        """Iterations that a loop has to make; all parts of a profile are there after twice as many and some."""
-        return max(_WARM_UP, 2 * self._period) + max(_WATCHED, self._period) + 3
+        """Iterations that a loop has to make; after a few dozen more all parts of the result are there."""
+        return max(_WARM_UP, 2 * self._period) + max(_WATCHED, self._period) + 2
 
     def __str__(self) -> str:
         """The result as text: phases, memory, what waits, the profiler's cost, findings."""
@@ -168,23 +168,19 @@ class Profile:
 
     def _all_stages(self) -> Generator[None, int, None]:
         self._say("warming up")
-        begun = time.perf_counter_ns()
-        done = yield from self._pass(max(_WARM_UP, 2 * self._period))
-        each = (time.perf_counter_ns() - begun) / done
+        yield from self._pass(max(_WARM_UP, 2 * self._period))
         self._say("watching for what waits for the device")
         yield from self._watch()
-        count = max(1, round(_BLOCK_S * 1e9 / each))
-        self._say("timing blocks of iterations")
-        begun = time.perf_counter_ns()
-        yield from self._pair(max(1, count // 4), False)
+        begun, count, reverse = time.monotonic(), 1, False
+        yield from self._pair(count, reverse)
         self._say("a few iterations under torch's profiler")
         yield from self._trace()
-        count = max(1, round(_BLOCK_S * 1e9 / (self._plain[0] / self._plain[1])))
         self._say("timing blocks of iterations")
-        reverse = True
-        while time.perf_counter_ns() - begun < _MEASURED_S * 1e9:
-            yield from self._pair(count, reverse)
+        while time.monotonic() - begun < _MEASURED_S:
+            if count * self._plain[0] / self._plain[1] < _BLOCK_S * 1e9:
+                count *= 2
             reverse = not reverse
+            yield from self._pair(count, reverse)
         self._recorder.measure("off")
         while True:
             yield
@@ -214,33 +210,34 @@ class Profile:
 
     def _block(self, iterations: int, timed: bool) -> Generator[None, int, float]:
         recorder, on_gpu = self._recorder, self.engine.device.type == "cuda"
-        total = self._timed if timed else self._plain
         with self._lines.looking() if timed else contextlib.nullcontext():
             wait(self.engine.device)
             recorder.measure("time" if timed else "off")
-            begun, spent, done = recorder.begun, 0.0, 0
+            begun, spent, done = recorder.begun, 0, 0
             while done < iterations:
                 count = yield
-                now = time.perf_counter_ns()
-                took = now - recorder.begun
+                took = time.perf_counter_ns() - recorder.begun
                 done, spent = done + count, spent + took
-                times, calls = recorder.take()
-                for phase, ns in times.items():
-                    self._times[phase] += ns
-                self._calls += calls
                 if not on_gpu:
-                    total[0], total[1] = total[0] + took, total[1] + count
-                    if not timed:
-                        self._durations.append(took / count)
-                recorder.resume()
-            if on_gpu:  # the host runs ahead: only a block's end is known
+                    self._note(timed, took, count)
+                    recorder.resume()
+            if on_gpu:  # the host runs ahead: only the end of a block is known
                 wait(self.engine.device)
                 spent = time.perf_counter_ns() - begun
-                total[0], total[1] = total[0] + spent, total[1] + done
-                if not timed:
-                    self._durations.append(spent / done)
+                self._note(timed, spent, done)
             recorder.measure("off")
         return spent / done
+
+    def _note(self, timed: bool, ns: int, iterations: int) -> None:
+        """So many iterations took so long."""
+        total = self._timed if timed else self._plain
+        total[0], total[1] = total[0] + ns, total[1] + iterations
+        if not timed:
+            self._durations.append(ns / iterations)
+        times, calls = self._recorder.take()
+        for phase, spent in times.items():
+            self._times[phase] += spent
+        self._calls += calls
 
     def _trace(self) -> Generator[None, int, None]:
         device, recorder = self.engine.device, self._recorder
@@ -446,7 +443,7 @@ def profile(
     """Profile a training loop: ``with fastgan.profile(engine) as p:`` around it, then ``print(p)``.
 
     Iterations are those of ``engine.step``, ``engine.run``, or ``d_step`` … ``g_step`` by hand; they train as they do
-    without it, to the bit. At least ten are needed, a few seconds' worth gives steadier figures; after a minute the
+    without it, to the bit. Seven are needed at least, a few seconds' worth give steadier figures; after a minute the
     loop runs on unwatched. Time within a feed, and in data sets and loaders between steps, is "data", other time
     between steps "your loop"; lines are found by looking at the stack every 5 ms. One profile runs at a time, and sees
     its own thread.
