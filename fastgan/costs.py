@@ -66,8 +66,7 @@ def measured(run: Callable[[], object]) -> Cost:
 def of_iteration(engine: Engine, run: Callable[[], object]) -> Cost:
     """Of an iteration that ``run`` makes: torch ops as they run, plans by what their calls were made of.
 
-    The engine's own optimisers read and write value, gradient, two moments and the average of every parameter once. In
-    iterations that are lists of kernels their launches count; what a recording replays is run as it was recorded.
+    In iterations that are lists of kernels their launches count; what a recording replays is run as it was recorded.
     """
     variants = engine._executor.variants if engine._executor is not None else []
     if variants and variants[-1].recording is not None:
@@ -79,13 +78,23 @@ def of_iteration(engine: Engine, run: Callable[[], object]) -> Cost:
         finally:
             marks.listener = before
     launches = seen.launches
-    for updater, times in ((engine._d, engine.n_critic), (engine._g, 1)):
-        if updater is not None and updater.arena is not None and updater.optimizer is None:
-            tensors = 7 + 2 * (updater is engine._g and engine.generator_ema is not None)
-            seen.bytes += times * tensors * updater.arena.grad.nbytes
+    seen.bytes += bytes_of_optimisers(engine)
     if variants and variants[-1].iterations:
         launches = len(variants[-1].iterations[0].calls)
     return Cost(seen.products, seen.convolutions, launches, seen.flops, seen.bytes)
+
+
+def bytes_of_optimisers(engine: Engine) -> int:
+    """In an iteration, where they are the engine's own.
+
+    They read and write value, two moments and the average of every parameter once, and read its gradient.
+    """
+    total = 0
+    for updater, times in ((engine._d, engine.n_critic), (engine._g, 1)):
+        if updater is not None and updater.arena is not None and updater.optimizer is None:
+            tensors = 7 + 2 * (updater is engine._g and engine.generator_ema is not None)
+            total += times * tensors * updater.arena.grad.nbytes
+    return total
 
 
 class _Plans:

@@ -6,8 +6,10 @@ import copy
 import json
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -511,6 +513,44 @@ def test_kernels_of_a_graph_belong_to_the_launches_in_their_order() -> None:
     assert found.by_phase == {"chain": (1 + 3, 2), "sweep": (2 + 4, 2)}
     found = trace.on_device(events, marks.PHASES, ["chain", "sweep", "data"])
     assert found.by_phase == {"graph replay": (10, 4)}
+
+
+def test_a_gpus_phases_are_its_kernels_and_what_the_host_did_while_it_was_idle() -> None:
+    e, batches = engine(), feed()
+    p = profiled(e, lambda: e.step(batches), 20)
+    iteration = SimpleNamespace(phases=["chain", "optimiser"], costs=[(10**9, 10**6), (0, 0)])
+    variant = SimpleNamespace(iterations=[iteration])
+    p.engine = SimpleNamespace(  # type: ignore[assignment]
+        device=torch.device("cuda"), _executor=SimpleNamespace(variants=[variant]), _d=None, _g=None, n_critic=1
+    )
+    p._recorder.costs.clear()
+    p._traced, p._timed, p._times = 2, [0, 10], defaultdict(int, {"data": 10 * 20_000, "chain": 10 * 90_000})
+    p._lines.seconds.clear()
+    events = [
+        event
+        for i in (1, 2)
+        for event in (
+            span("cuda_runtime", "cudaGraphLaunch", 1000 * i, 5, i),
+            span("kernel", "a", 1000 * i + 10, 30, i), span("kernel", "b", 1000 * i + 40, 10, i),
+        )
+    ]  # fmt: skip
+    phases, launches = p._phases(events, 100.0)
+    assert launches == 2
+    assert [(row["phase"], row["us"], row["gflop"]) for row in phases] == [
+        ("data", 20, None), ("chain", 30, 1), ("optimiser", 10, None), ("host gap", 40, None)
+    ]  # fmt: skip
+    assert sum(row["share"] for row in phases) == pytest.approx(1)
+
+
+@pytest.mark.interpreted
+def test_lists_of_kernels_are_profiled_by_phase() -> None:
+    e, batches = engine(backend="triton", n_critic=1), feed(16)
+    result = profiled(e, lambda: e.step(batches), fastgan.profile(e).least).result
+    phases = {row["phase"]: row for row in result["phases"]}
+    assert {"data", "copy", "noise", "fakes", "D forward", "weight gradient", "G backward", "optimiser"} <= set(phases)
+    (variant,) = e._executor.variants if e._executor is not None else []
+    calls = sum(row["calls"] for name, row in phases.items() if name not in ("data", "copy"))
+    assert calls == len(variant.iterations[0].calls)
 
 
 def test_idle_time_is_split_by_what_the_host_did() -> None:

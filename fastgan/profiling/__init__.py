@@ -28,7 +28,7 @@ import torch
 
 from fastgan import marks, pictures
 from fastgan.benchmark.timing import wait
-from fastgan.costs import OpWatch
+from fastgan.costs import OpWatch, bytes_of_optimisers
 from fastgan.engine import Engine
 from fastgan.errors import InputError
 from fastgan.profiling import findings, memory, text, trace
@@ -324,6 +324,8 @@ class Profile:
             idle = trace.split_idle(mean_us, found.busy_us / self._traced, waits)
             us = {k: us.get(k, 0.0) + idle.get(k, 0.0) for k in {**us, **idle}}
             costs, launches = {**of_graph, **costs}, found.launches / self._traced
+        if own := bytes_of_optimisers(self.engine):
+            costs["optimiser"] = 0, own
         total = sum(us.values())
         rows = []
         for phase in marks.PHASES:

@@ -141,8 +141,8 @@ def waits_for_data(result: Result, about: Facts) -> Finding | None:
         advice = "batches are made on the device already: a larger batch makes fewer of them"
     else:
         advice = (
-            "where the data fits on the device, give `dataset.feed(batch, device=engine.device)`; otherwise let workers "
-            "prepare batches (DataLoader's num_workers), or make the reading itself faster"
+            "where the data fits on the device, give `dataset.feed(batch, device=engine.device)`; otherwise let "
+            "workers prepare batches (DataLoader's num_workers), or make the reading itself faster"
         )
     evidence = f"{duration(us)} of each iteration pass in the feed{_at(result, 'data')}"
     return _finding(f"{share:.0%} of the time {who} for data.", us, share, f"{evidence}.", f"{advice}.")
@@ -155,8 +155,8 @@ def own_loop(result: Result, about: Facts) -> Finding | None:
         return None
     evidence = f"{duration(us)} of each iteration pass between the engine's steps{_at(result, 'your loop')}"
     advice = (
-        "if it prepares batches, let workers do so (DataLoader's num_workers) or give the engine a feed; do what is not "
-        "needed in every iteration less often"
+        "if it prepares batches, let workers do so (DataLoader's num_workers) or give the engine a feed; do what is "
+        "not needed in every iteration less often"
     )
     return _finding(f"{share:.0%} of the time your own loop runs.", us, share, f"{evidence}.", f"{advice}.")
 

@@ -30,6 +30,7 @@ _LIBRARIES = tuple({sysconfig.get_paths()[k] for k in ("stdlib", "platstdlib", "
 _WATCHING = tuple(f"{FASTGAN}/{name}" for name in ("profiling/", "graphs.py", "costs.py", "marks.py"))
 _LOOPS = tuple(f"{FASTGAN}/{name}.py" for name in ("cli", "trainer", "__main__"))  # not a loop of the user's
 _NOTHING = contextlib.nullcontext()
+_NATIVE = ("noise", "optimiser")  # one call each, which is no torch op where it is native
 _READS = ("metrics", "history")  # methods of an engine that wait
 
 
@@ -77,6 +78,7 @@ class Recorder:
         self.reads: Counter[tuple[str, Place]] = Counter()
         self.ops: OpWatch | None = None
         self._open: list[str] = []
+        self._launched: list[int] = []  # in the phases that are open, before they began
         self._ranges: list[Any] = []
         self._methods: list[str] = []
         self._counted = engine.iterations
@@ -181,6 +183,7 @@ class Recorder:
         """A phase begins."""
         self._account()
         self._open.append(phase)
+        self._launched.append(self.costs[phase][0])
         self.calls[phase] += 1
         if self.level == "trace":
             self._ranges.append(torch.profiler.record_function(phase))
@@ -192,6 +195,9 @@ class Recorder:
             return
         self._account()
         self._open.pop()
+        launched = self._launched.pop()
+        if self.level == "cost" and phase in _NATIVE:
+            self.costs[phase][0] += self.costs[phase][0] == launched
         if self._ranges:
             self._ranges.pop().__exit__(None, None, None)
 
@@ -211,6 +217,7 @@ class Recorder:
         """From now on; where an iteration has ended."""
         self.level = level
         self._open.clear()
+        self._launched.clear()
         self.take()
         self._seen = (self.ops.launches, self.ops.flops, self.ops.bytes) if self.ops is not None else (0, 0, 0)
         self.resume()
