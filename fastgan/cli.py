@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 _DEFAULT_RECIPE = "wgan-gp"
 _MOST_THREADS = 4096
-_PROFILE_S = 10
 
 # option, key paths in the recipe, what --help says
 _RECIPE_OPTIONS: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
@@ -153,8 +152,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         if option != "--kimg":
             p.add_argument(option, metavar=metavar, help=text)
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the recipe")
-    p.add_argument("--iterations", type=int, metavar="N", help=f"how many (default: {_PROFILE_S} seconds' worth)")
-    p.add_argument("--json", metavar="FILE", help="write the result")
+    p.add_argument("--iterations", type=int, metavar="N", help="how many (default: ten seconds' worth)")
+    p.add_argument("--json", metavar="FILE", help="write the result; - is the standard output")
     p.add_argument("--html", metavar="FILE", help="write the result as one page")
     p.add_argument("--trace", metavar="FILE", help="write a few iterations as a Chrome trace")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -502,36 +501,9 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _profile(args: argparse.Namespace) -> int:
     _threads(args.threads)
-    files = {name: path for name in ("json", "html", "trace") if (path := getattr(args, name)) is not None}
-    for name, path in files.items():
-        if not Path(path).parent.is_dir():
-            raise InputError(f"--{name}: {path}: there is no folder {Path(path).parent}")
-    import time
+    from fastgan.profiling import command
 
-    import torch
-
-    from fastgan.data.resident import ResidentFeed
-    from fastgan.profiling import profile
-    from fastgan.recipes.schema import load_recipe
-    from fastgan.trainer import Trainer
-
-    recipe = load_recipe(args.recipe or _DEFAULT_RECIPE, _overrides(args))
-    torch.manual_seed(recipe.seed)  # what dropout draws from
-    trainer = Trainer.from_recipe(recipe, device=args.device, progress="none")
-    progress = None if args.quiet else lambda line: print(f"profile: {line}", file=sys.stderr, flush=True)
-    p = profile(trainer.engine, what=f"recipe {recipe.name}", progress=progress)
-    if args.iterations is not None and args.iterations < p.least:
-        raise InputError(f"--iterations: {args.iterations}, expected at least {p.least}")
-    at_once = 64 if isinstance(trainer.feed, ResidentFeed) else 1
-    with p:
-        made, end = 0, time.monotonic() + _PROFILE_S
-        while made < (args.iterations or p.least) or (args.iterations is None and time.monotonic() < end):
-            count = min(at_once, args.iterations - made) if args.iterations else at_once
-            trainer.engine.run(trainer.feed, count)
-            made += count
-    p.write(**files)
-    print(p)
-    return 0
+    return command.main(args, _DEFAULT_RECIPE, _overrides(args))
 
 
 def _validate(args: argparse.Namespace) -> int:

@@ -57,7 +57,7 @@ def test_help_is_quick_and_fits_a_screen(monkeypatch: pytest.MonkeyPatch) -> Non
         top = fastgan("--help")
         took.append(time.perf_counter() - before)
     assert min(took) < 1
-    for command in ("train", "sample", "evaluate", "export", "validate", "doctor"):
+    for command in ("train", "sample", "evaluate", "export", "profile", "validate", "doctor"):
         assert command in top.stdout
         text = fastgan(command, "--help").stdout
         assert 5 < len(text.splitlines()) <= 40, command

@@ -601,12 +601,17 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert sorted(os.listdir(tmp_path)) == ["p.json", "p.trace"]
 
 
+def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "--iterations", "10", "--json", "-", *SMALL]) == 0
+    assert json.loads(capsys.readouterr().out)["run"]["what"] == "recipe wgan-gp"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--iterations", "3"], "--iterations: 3, expected at least 7"),
         (["--recipe", "nothing"], "nothing"),
-        (["--json", "no/where.json"], "--json: no/where.json: there is no folder no"),
+        (["--json", "no/where.json"], "--json: no/where.json: its folder does not exist"),
         (["--threads", "0"], "--threads: 0, expected 1"),
         (["--batch", "0"], "batch"),
     ],

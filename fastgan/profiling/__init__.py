@@ -102,7 +102,7 @@ class Profile:
             InputError: a file cannot be written.
         """
         contents: list[tuple[str | Path | None, Callable[[], str]]] = [
-            (json, lambda: _dump(self.result)), (html, self._page), (trace, lambda: self._events or "")
+            (json, lambda: as_json(self.result) + "\n"), (html, self._page), (trace, lambda: self._events or "")
         ]  # fmt: skip
         for path, make in contents:
             if path is not None:
@@ -434,8 +434,9 @@ def _source(place: Place) -> str:
     return linecache.getline(*place).strip()
 
 
-def _dump(result: dict[str, Any]) -> str:
-    return json.dumps(result, indent=1, allow_nan=False) + "\n"
+def as_json(result: dict[str, Any]) -> str:
+    """One object, in lines."""
+    return json.dumps(result, indent=1, allow_nan=False)
 
 
 def profile(

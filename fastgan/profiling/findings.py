@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastgan import machine
 from fastgan.benchmark.timing import median_us
 from fastgan.plan import Plan
 
@@ -54,7 +55,7 @@ def facts(engine: Any) -> dict[str, Any]:
         "why_unrecorded": variant.why_unrecorded if variant is not None and asked else None,
         "optimisers": others,
         "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": machine.cores() or 1,
         "memory_limit": _memory_limit(engine.device),
         "resident": engine._feed is not None,
         "op_us": median_us(torch.zeros(1, device=engine.device).neg_, engine.device, rounds=5),

@@ -30,7 +30,7 @@ def render(result: Mapping[str, Any]) -> str:
         moved = f"{p['gb'] / p['us'] * 1e6:7.1f} GB/s" if p["gb"] and p["us"] else ""
         lines.append(f"{p['phase']:<16}{duration(p['us']):>9}{p['share']:>7.1%}  {bar:<{_BAR}}{work}{moved}".rstrip())
     parts = [f"{row['category']} {size(row['bytes'])}" for row in memory["categories"]]
-    lines += ["", *_wrapped("memory: ", f"{', '.join(parts)}; peak {size(memory['peak_bytes'])} of the process")]
+    lines += ["", *_wrapped("memory: ", f"{', '.join(parts)}; peak {size(memory['peak_bytes'])}")]
     samples = result["samples"]
     if samples["energy_j_per_kimg"] is not None:
         lines.append(f"energy: {samples['energy_j_per_kimg']:.4g} J/kimg")
