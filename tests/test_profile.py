@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ RESULT = {  # keys, and those of what they hold
     "synchronisations": "op where source per_iteration",
     "memory": "categories peak_bytes timeline",
     "samples": "interval_s series missing energy_j energy_j_per_kimg",
-    "profiler_cost": "share plain_us profiled_us",
+    "profiler_cost": "share plain_us profiled_us pairs",
     "findings": "title us share evidence advice",
 }  # fmt: skip
 
@@ -98,7 +99,7 @@ def test_phases_of_the_closed_form_sum_to_the_iteration() -> None:
     assert "D backward" not in phases
     assert sum(row["share"] for row in phases.values()) == pytest.approx(1)
     total = sum(row["us"] for row in phases.values())
-    assert total == pytest.approx(p._timed[0] / p._timed[1] / 1e3, rel=0.05)  # by the clock of whole iterations
+    assert total == pytest.approx(p._timed[0] / p._timed[1] / 1e3)
     assert result["iteration"]["p20_us"] <= result["iteration"]["median_us"] <= result["iteration"]["p80_us"]
     assert result["run"] == {"what": "your loop", "batch": 16, "n_critic": 2, "precision": "fp32", "iterations": 40,
                              "images_per_iteration": 32}  # fmt: skip
@@ -125,7 +126,7 @@ def test_phases_through_autograd_and_why() -> None:
     phases = {row["phase"]: row for row in p.result["phases"]}
     assert {"data", "fakes", "D forward", "penalty", "D backward", "G forward", "G backward"} <= set(phases)
     assert not {"chain", "sweep", "weight gradient"} & set(phases)
-    assert sum(row["us"] for row in phases.values()) == pytest.approx(p._timed[0] / p._timed[1] / 1e3, rel=0.05)
+    assert sum(row["us"] for row in phases.values()) == pytest.approx(p._timed[0] / p._timed[1] / 1e3)
     assert "run through autograd" in titles(p.result)
     assert "closed_form is False" in titles(p.result)
 
@@ -362,6 +363,13 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"profiler: {p.result['profiler_cost']['share']:+.1%}" in text
 
 
+def test_the_page_is_the_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastgan.report", SimpleNamespace(profile_page=lambda result: result["schema"]))
+    e, batches = engine(), feed()
+    profiled(e, lambda: e.step(batches), 10).write(html=tmp_path / "a.html")
+    assert (tmp_path / "a.html").read_text() == profiling.SCHEMA
+
+
 def test_operators_and_memory() -> None:
     e, batches = engine(), feed()
     result = profiled(e, lambda: e.step(batches)).result
@@ -370,7 +378,7 @@ def test_operators_and_memory() -> None:
     assert not set(operators) & set(marks.PHASES)
     us = [row["us"] for row in result["operators"]]
     assert us == sorted(us, reverse=True)
-    assert sum(us) < 2 * result["iteration"]["p80_us"] + 1e4
+    assert sum(us) <= 1e6 / result["iteration"]["iterations_per_second"] * 1.01
     memory = {row["category"]: row["bytes"] for row in result["memory"]["categories"]}
     assert e._d.arena is not None
     assert e._g is not None
@@ -509,9 +517,9 @@ def test_kernels_belong_to_the_range_in_which_they_were_launched() -> None:
 def test_kernels_of_a_graph_belong_to_the_launches_in_their_order() -> None:
     kernels = [span("kernel", f"k{i}", 100 + 10 * i, i + 1, 7) for i in (2, 0, 3, 1)]
     events = [span("cuda_runtime", "cudaGraphLaunch", 0, 5, 7), *kernels]
-    found = trace.on_device(events, marks.PHASES, ["chain", "sweep"])  # two iterations in one graph
+    found = trace.on_device(events, marks.PHASES, [["data"], ["chain", "sweep"] * 2])
     assert found.by_phase == {"chain": (1 + 3, 2), "sweep": (2 + 4, 2)}
-    found = trace.on_device(events, marks.PHASES, ["chain", "sweep", "data"])
+    found = trace.on_device(events, marks.PHASES, [["chain", "sweep", "data"]])
     assert found.by_phase == {"graph replay": (10, 4)}
 
 

@@ -216,7 +216,7 @@ class Profile:
             begun, spent, done = recorder.begun, 0, 0
             while done < iterations:
                 count = yield
-                took = time.perf_counter_ns() - recorder.begun
+                took = recorder.ended - recorder.begun
                 done, spent = done + count, spent + took
                 if not on_gpu:
                     self._note(timed, took, count)
@@ -301,7 +301,7 @@ class Profile:
             "samples": samples,
             "profiler_cost": {
                 "share": cost, "plain_us": statistics.median(p for p, _ in pairs) / 1e3,
-                "profiled_us": statistics.median(t for _, t in pairs) / 1e3,
+                "profiled_us": statistics.median(t for _, t in pairs) / 1e3, "pairs": len(self._blocks),
             },
         }  # fmt: skip
         result["findings"] = findings.find(result, findings.facts(engine))
@@ -316,8 +316,8 @@ class Profile:
         launches = sum(of for of, _, _ in self._recorder.costs.values()) / max(1, self._watched)
         us: dict[str, float] = host
         if self.engine.device.type == "cuda" and self._traced:
-            labels, of_graph = self._recorded()
-            found = trace.on_device(events, marks.PHASES, labels)
+            recorded, of_graph = self._recorded()
+            found = trace.on_device(events, marks.PHASES, recorded)
             us = {phase: spent / self._traced for phase, (spent, _) in found.by_phase.items()}
             calls = {phase: number / self._traced for phase, (_, number) in found.by_phase.items()}
             waits = {k: host[k] for k in ("data", "your loop", "metrics") if k in host}
@@ -351,19 +351,18 @@ class Profile:
             host["data"] += moved
         return host
 
-    def _recorded(self) -> tuple[list[str], dict[str, tuple[float, float]]]:
-        """Of the last variant of the iteration: the phases of its launches, and FLOPs and bytes by phase."""
+    def _recorded(self) -> tuple[list[list[str]], dict[str, tuple[float, float]]]:
+        """The phases of the launches of each recording, the last one first; its FLOPs and bytes per iteration."""
         executor = self.engine._executor
         variants = [v for v in executor.variants if v.iterations] if executor is not None else []
-        labels: list[str] = []
-        costs: dict[str, tuple[float, float]] = {}
-        for iteration in variants[-1].iterations if variants else ():
-            labels += iteration.phases
-            for phase, (flops, moved) in zip(iteration.phases, iteration.costs, strict=True):
-                before = costs.get(phase, (0.0, 0.0))
-                n = len(variants[-1].iterations)
-                costs[phase] = before[0] + flops / n, before[1] + moved / n
-        return labels, costs
+        recorded = [[phase for iteration in v.iterations for phase in iteration.phases] for v in reversed(variants)]
+        costs: defaultdict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+        iterations = variants[-1].iterations if variants else []
+        for iteration in iterations:
+            for phase, cost in zip(iteration.phases, iteration.costs, strict=True):
+                flops, moved = costs[phase]
+                costs[phase] = flops + cost[0] / len(iterations), moved + cost[1] / len(iterations)
+        return recorded, dict(costs)
 
     def _operators(self, events: list[dict[str, Any]], mean_us: float) -> list[dict[str, Any]]:
         """Of the host, as torch's profiler saw them, brought to the length of an iteration without it."""

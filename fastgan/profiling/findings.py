@@ -213,8 +213,8 @@ def through_autograd(result: Result, about: Facts) -> Finding | None:
     return _finding(
         f"The {who} run{'' if plural else 's'} through autograd: {share:.0%} of the time.",
         us, share, f"There is no closed form: {why}.",
-        "use layers that the engine reads (README has the list), or give what is special a module of its own outside "
-        "the penalised network; `engine.explain()` says what each path costs.",
+        "layers that the engine reads take the closed form (README has the list); `engine.explain()` says what either "
+        "costs.",
     )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ class Recorder:
         calls: by phase since then.
         costs: launches, FLOPs and bytes by phase.
         reads: calls of ``metrics`` and ``history`` by the user's line.
-        begun: when the iteration began, which is when the last one had ended and was dealt with; nanoseconds.
+        begun, ended: of the last iteration, nanoseconds; it begins when the one before it has been dealt with.
     """
 
     def __init__(self, engine: Any, boundary: Callable[[int], None]) -> None:
@@ -83,7 +83,7 @@ class Recorder:
         self._methods: list[str] = []
         self._counted = engine.iterations
         self._foreign = 0  # another engine's methods that are open
-        self.begun = self._since = 0
+        self.begun = self.ended = self._since = 0
         self._seen = (0, 0, 0)
         self._groups: dict[int, tuple[object, list[Any]]] = {}
 
@@ -123,6 +123,7 @@ class Recorder:
                 yield
         finally:
             self._account()
+            self.ended = self._since if self.level == "time" else time.perf_counter_ns()
             self._methods.pop()
         if engine.iterations > self._counted and self._methods in ([], ["run"]):
             self.boundary(engine.iterations - self._counted)

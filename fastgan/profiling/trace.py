@@ -70,16 +70,16 @@ class OnDevice:
     launches: int
 
 
-def on_device(events: Sequence[Event], phases: Sequence[str], labels: Sequence[str]) -> OnDevice:
+def on_device(events: Sequence[Event], phases: Sequence[str], recorded: Sequence[Sequence[str]]) -> OnDevice:
     """Kernels and copies by phase.
 
-    One that a graph has launched belongs to the phase of the launch at its place in the list that was recorded, where
-    both have as many; one that was launched by itself to the innermost phase in which the host did so.
+    One that a graph has launched belongs to the phase of the launch at its place in the list that was recorded; one
+    that was launched by itself to the innermost phase in which the host did so.
 
     Args:
         events: of the trace.
         phases: names that may be ranges of the host.
-        labels: phases of the launches of one recording, in order.
+        recorded: phases of the launches of each recording, in order.
     """
     launched = {e["args"]["correlation"]: e for e in spans(events, *_RUNTIME) if "correlation" in e.get("args", {})}
     by_launch: defaultdict[Any, list[Kernel]] = defaultdict(list)
@@ -90,7 +90,7 @@ def on_device(events: Sequence[Event], phases: Sequence[str], labels: Sequence[s
     for correlation, kernels in by_launch.items():
         launch = launched.get(correlation)
         if launch is not None and "GraphLaunch" in launch["name"]:
-            found = by_order(kernels, labels)
+            found = by_order(kernels, recorded)
         else:
             found = [_innermost(ranges, launch["ts"]) if launch is not None else "other"] * len(kernels)
         for phase, (_, _, us) in zip(found, kernels, strict=True):
@@ -100,14 +100,15 @@ def on_device(events: Sequence[Event], phases: Sequence[str], labels: Sequence[s
     return OnDevice(dict(totals), union_us(everything), len(everything))
 
 
-def by_order(kernels: Sequence[Kernel], labels: Sequence[str]) -> list[str]:
-    """The phase of each kernel of a graph in the order of their starts; of one piece where the numbers differ."""
-    if not labels or len(kernels) % len(labels):
-        return ["graph replay"] * len(kernels)
-    order = sorted(range(len(kernels)), key=lambda i: kernels[i][1])
+def by_order(kernels: Sequence[Kernel], recorded: Sequence[Sequence[str]]) -> list[str]:
+    """The phase of each kernel of a graph, in the order of their starts, by the first recording of as many launches.
+
+    Where there is none, as where torch ops are among them, a replay is of one piece.
+    """
+    labels = next((labels for labels in recorded if len(labels) == len(kernels)), ["graph replay"] * len(kernels))
     found = [""] * len(kernels)
-    for place, i in enumerate(order):
-        found[i] = labels[place % len(labels)]
+    for label, i in zip(labels, sorted(range(len(kernels)), key=lambda i: kernels[i][1]), strict=True):
+        found[i] = label
     return found
 
 
