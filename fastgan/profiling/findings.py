@@ -137,14 +137,11 @@ def waits_for_data(result: Result, about: Facts) -> Finding | None:
     us, share = _phase(result, "data")
     if share < _WORTH_SAYING:
         return None
-    who = "the GPU waits" if about["device"] == "cuda" else "training waits"
-    if about["resident"]:
-        advice = "batches are made on the device already: a larger batch makes fewer of them"
-    else:
-        advice = (
-            "where the data fits on the device, give `dataset.feed(batch, device=engine.device)`; otherwise let "
-            "workers prepare batches (DataLoader's num_workers), or make the reading itself faster"
-        )
+    on_gpu = about["device"] == "cuda"
+    who = "the GPU waits" if on_gpu else "training waits"
+    advice = "let workers prepare batches (DataLoader's num_workers), or make the reading itself faster"
+    if on_gpu and not about["resident"]:
+        advice = f"where the data fits on the GPU, give `dataset.feed(batch, device=engine.device)`; otherwise {advice}"
     evidence = f"{duration(us)} of each iteration pass in the feed{_at(result, 'data')}"
     return _finding(f"{share:.0%} of the time {who} for data.", us, share, f"{evidence}.", f"{advice}.")
 
