@@ -41,19 +41,9 @@ class Cost:
 
 def of_plan(plan: Plan) -> Cost:
     """Of a plan, which runs once: launches are the torch ops that its calls make, and one for each native call."""
-    program, native = plan.program, 0
     with torch.no_grad(), OpWatch() as seen:
-        for call in program.calls:
-            before = seen.launches
-            call()
-            native += seen.launches == before
-    return Cost(
-        products=program.kinds.count("product"),
-        convolutions=program.kinds.count("convolution"),
-        launches=seen.launches + native,
-        flops=program.flops,
-        bytes=program.bytes,
-    )
+        _Plans(seen).run(plan)
+    return Cost(seen.products, seen.convolutions, seen.launches, seen.flops, seen.bytes)
 
 
 def measured(run: Callable[[], object]) -> Cost:
