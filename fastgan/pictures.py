@@ -83,7 +83,7 @@ def scatter(real: NDArray[Any], fake: NDArray[Any], path: Path) -> None:
     plot.set(xlim=(centre[0] - reach, centre[0] + reach), ylim=(centre[1] - reach, centre[1] + reach), aspect="equal")
     plot.set(xlabel=f"{label} 1", ylabel=f"{label} 2")
     plot.legend(loc="upper right")
-    _write_figure(figure, path)
+    write_figure(figure, path)
 
 
 def loss_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -111,10 +111,11 @@ def loss_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
         if plot.lines:
             plot.legend(loc="upper left", bbox_to_anchor=(1, 1))
     plot.set_xlabel("thousands of real images shown (kimg)")
-    _write_figure(figure, path)
+    write_figure(figure, path)
 
 
-def _write_figure(figure: Figure, path: Path) -> None:
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write a matplotlib figure as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()
