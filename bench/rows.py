@@ -21,7 +21,7 @@ from bench import bench_memory
 from bench.sections import Context, Skip
 from fastgan.benchmark.by_hand import Unable
 from fastgan.benchmark.check import distance
-from fastgan.benchmark.measure import Measurement, Settings, last_line
+from fastgan.benchmark.measure import Measurement, Settings, compared_with, last_line
 from fastgan.benchmark.timing import wait
 from fastgan.benchmark.variants import VARIANTS, Make, Way, by_engine, plain_engine
 from fastgan.benchmark.workloads import WORKLOADS, Arguments, Case, Workload
@@ -154,13 +154,10 @@ def compiled(context: Context) -> None:
 
 def measured(context: Context, of: Case, ways: Mapping[str, Make]) -> dict[str, Any]:
     """A result of ``fastgan bench``, beside the machine's state; ``failed`` where a way of the engine is not right."""
-    limits = context.of("ceilings")
-    ceilings = {
-        "matrix_tflop_per_s": {p: limits.get(f"matrix {p}", {}).get("tflop_per_s") for p in PRECISIONS},
-        "copy_gb_per_s": limits.get("copy dram", {}).get("gb_per_s"),
-    }
     settings = Settings(3 if context.tiny else 30, max(3.0, min(12.0, context.left() / 4)), ways)
-    found = Measurement(of, ceilings, settings).run() | {"conditions": conditions(of.device)}
+    measurement = Measurement(of, settings)
+    found = measurement.run() | {"ceilings": measurement.limits, "conditions": conditions(of.device)}
+    compared_with(measurement.limits, found["variants"].values())
     bad = [
         f"{label}: {row['reason']}"
         for label, row in found["variants"].items()

@@ -140,7 +140,6 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--json", metavar="FILE", help="write the results; - is the standard output")
     p.add_argument("--html", metavar="FILE", help="write a report with plots")
     p.add_argument("--png", metavar="FOLDER", help="write the plots as pictures")
-    p.add_argument("--limits", help=argparse.SUPPRESS)  # of the machine, from the process that started this one
     p.add_argument("--compare", nargs=2, metavar="FILE", help="two results: exit code 1 if the second is slower")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     p.add_argument("--quiet", action="store_true", help="no progress")

@@ -23,7 +23,7 @@ from fastgan import costs
 from fastgan.benchmark import command, compare, variants
 from fastgan.benchmark.by_hand import Form, Objective, Unable
 from fastgan.benchmark.check import Reference
-from fastgan.benchmark.measure import TIMED, Measurement, Settings
+from fastgan.benchmark.measure import TIMED, Measurement, Settings, compared_with
 from fastgan.benchmark.memory import Held, transient
 from fastgan.benchmark.table import whole_table
 from fastgan.benchmark.timing import quantiles, ratio
@@ -234,7 +234,9 @@ def test_what_the_loop_does_not_do_is_a_reason() -> None:
 
 
 def measured(ways: Mapping[str, Any], kind: str = "wgan-gp", **settings: Any) -> dict[str, Any]:
-    return Measurement(case(kind), CEILINGS, Settings(4, 2.0, ways, **settings)).run()
+    found = Measurement(case(kind), Settings(4, 2.0, ways, **settings)).run()
+    compared_with(CEILINGS, found["variants"].values())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +297,7 @@ def test_the_schema_is_documented(result: dict[str, Any]) -> None:
     documented = set(re.findall(r"^\| `([a-z0-9_]+)`", page.read_text(), re.MULTILINE))
     (found,) = result["results"]
     row = found["variants"]["fastgan"]
-    assert set(row) == {"status", "reason", "error", "error_limit", *TIMED}
+    assert set(row) == {"status", "reason", "precision", "error", "error_limit", *TIMED}
     assert documented >= {*result, *found, *row}
     assert compare.SCHEMA in page.read_text()
 
@@ -432,7 +434,6 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "my_networks.py").write_text(OWN)
-    monkeypatch.setattr(command, "ceilings", lambda device, precision: CEILINGS)
     yield "my_networks"
     sys.modules.pop("my_networks", None)
 

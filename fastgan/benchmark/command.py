@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from fastgan.benchmark.ceilings import ceilings
+from fastgan.benchmark.ceilings import larger
 from fastgan.benchmark.compare import SCHEMA, changes_table, compare, load
-from fastgan.benchmark.measure import OWN, Measurement, Settings, related
+from fastgan.benchmark.measure import OWN, Measurement, Settings, compared_with, related
 from fastgan.benchmark.table import whole_table
 from fastgan.benchmark.variants import ABOUT, VARIANTS, Make
 from fastgan.benchmark.workloads import WORKLOADS, Case, cases
@@ -31,7 +31,7 @@ Result = dict[str, Any]
 
 
 def run(
-    asked: Sequence[Case], settings: Settings, *, command: str, isolated: bool = False, limits: Result | None = None,
+    asked: Sequence[Case], settings: Settings, *, command: str, isolated: bool = False,
     done: Callable[[Result], None] = lambda result: None,
 ) -> Result:  # fmt: skip
     """Measure cases.
@@ -41,16 +41,12 @@ def run(
         settings: how.
         command: as it was called, for the record.
         isolated: a process for each variant.
-        limits: of the machine, where they are known.
         done: takes all results so far, after each of them.
 
     Returns:
         The object that ``bench/README.md`` describes.
     """
-    device, precision = asked[0].device, asked[0].precision
-    if limits is None:
-        settings.say("the machine's limits")
-        limits = ceilings(device, precision)
+    device = asked[0].device
     how = "each variant in a process of its own" if isolated else "variants in turn, one block of calls each a round"
     timing = f"{how}; at most {settings.rounds} rounds or {settings.seconds:g} s of a case; medians"
     result: Result = {
@@ -58,7 +54,7 @@ def run(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "conditions": conditions(device, timing=timing),
-        "ceilings": limits,
+        "ceilings": {"matrix_tflop_per_s": {}, "copy_gb_per_s": 0.0},
         "results": [],
     }
     for case in asked:
@@ -68,31 +64,41 @@ def run(
             settings.say(at + text)
 
         how_here = dataclasses.replace(settings, say=say)
-        measured = _isolated(case, how_here, limits) if isolated else Measurement(case, limits, how_here).run()
+        if isolated:
+            measured, limits = _isolated(case, how_here)
+        else:
+            measurement = Measurement(case, how_here)
+            measured, limits = measurement.run(), measurement.limits
         result["results"].append(measured)
+        result["ceilings"] = larger(result["ceilings"], limits)
+        compared_with(result["ceilings"], (row for r in result["results"] for row in r["variants"].values()))
         done(result)
     return result
 
 
-def _isolated(case: Case, settings: Settings, limits: Result) -> Result:
-    """One process after the other; the ratios are those of their medians."""
+def _isolated(case: Case, settings: Settings) -> tuple[Result, Result]:
+    """One process after the other: the result, whose ratios are those of medians, and the machine's limits."""
     rows: dict[str, Any] = {}
+    limits: Result = {"matrix_tflop_per_s": {}, "copy_gb_per_s": 0.0}
     for name in settings.variants:
         settings.say(f"{name}: in a process of its own")
         command = [
             sys.executable, "-m", "fastgan", "bench", "--workload", case.workload.name, "--batch", str(case.batch),
             "--variant", name, "--device", str(case.device), "--precision", case.precision,
             "--rounds", str(settings.rounds), "--seconds", str(settings.seconds),
-            "--threads", str(torch.get_num_threads()), "--limits", json.dumps(limits), "--json", "-", "--quiet",
+            "--threads", str(torch.get_num_threads()), "--json", "-", "--quiet",
         ]  # fmt: skip
         child = subprocess.run(command, capture_output=True, text=True)
         try:
-            rows[name] = json.loads(child.stdout)["results"][0]["variants"][name]
+            found = json.loads(child.stdout)
+            rows[name] = found["results"][0]["variants"][name]
+            limits = larger(limits, found["ceilings"])
         except (ValueError, LookupError):
             lines = child.stderr.strip().splitlines()
             reason = lines[-1] if lines else f"its process ended with exit code {child.returncode}"
-            rows[name] = {"status": "failed", "reason": reason, "error": None, "error_limit": None}
-    return related(case, rows, {name: [row["median_us"]] for name, row in rows.items() if row["status"] == "ok"})
+            rows[name] = {"status": "failed", "reason": reason, "precision": None, "error": None, "error_limit": None}
+    times = {name: [row["median_us"]] for name, row in rows.items() if row["status"] == "ok"}
+    return related(case, rows, times), limits
 
 
 def main(args: Namespace) -> int:
@@ -132,9 +138,8 @@ def main(args: Namespace) -> int:
         if args.json not in (None, "-"):
             write_whole(Path(args.json), (as_json(result) + "\n").encode())
 
-    limits = json.loads(args.limits) if args.limits else None
     called = shlex.join(["fastgan", *sys.argv[1:]])
-    result = run(found, settings, command=called, isolated=args.isolate, limits=limits, done=done)
+    result = run(found, settings, command=called, isolated=args.isolate, done=done)
     if args.json == "-":
         print(as_json(result))
     else:

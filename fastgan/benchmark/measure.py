@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastgan import nvml
 from fastgan.benchmark.by_hand import Unable
+from fastgan.benchmark.ceilings import Limits
 from fastgan.benchmark.check import Reference
 from fastgan.benchmark.memory import Held
 from fastgan.benchmark.timing import block, quantiles, ratio, rounds_us, wait
@@ -54,10 +55,12 @@ class Measurement:
 
     Attributes:
         rows: by variant, as in the schema.
+        limits: what the machine was seen to do at most, as ``ceilings`` of the schema; after :meth:`run`.
     """
 
-    def __init__(self, case: Case, ceilings: Mapping[str, Any], settings: Settings) -> None:
-        self.case, self.ceilings, self.settings = case, ceilings, settings
+    def __init__(self, case: Case, settings: Settings) -> None:
+        self.case, self.settings = case, settings
+        self.limits: dict[str, Any] = {}
         self.rows: dict[str, Row] = {}
         self._ways: dict[str, Way] = {}
         self._costs: dict[str, Cost | None] = {}
@@ -74,7 +77,9 @@ class Measurement:
         self.settings.say("timed")
         deadline = time.monotonic() + self.settings.seconds
         runs = {name: _call(way) for name, way in self._ways.items()}
-        times, _ = rounds_us(runs, self.case.device, self.settings.rounds, deadline)
+        limits = Limits(self.case.device, {way.numbers for way in self._ways.values()})
+        times, _ = rounds_us(runs | limits.runs, self.case.device, self.settings.rounds, deadline)
+        self.limits = limits.reached({name: times.pop(name) for name in limits.runs})
         self._times = {name: [t / self._ways[name].calls for t in found] for name, found in times.items()}
         for name, found in self._times.items():
             self.rows[name] |= quantiles(found) | {"noise": ratio([1.0] * len(found), found)[1]}
@@ -88,10 +93,11 @@ class Measurement:
 
     def _checked(self, name: str, make: Make, reference: Reference) -> Row:
         """The beginning of a row; memory and cost are known then."""
-        row: Row = {"status": "ok", "reason": None, "error": None, "error_limit": None}
+        row: Row = {"status": "ok", "reason": None, "precision": None, "error": None, "error_limit": None}
         held = Held(self.case.device)
         try:
             way = make(self.case)
+            row["precision"] = way.numbers
             error = reference.hold(way, way.numbers)
             row |= {"error": error.moments, "error_limit": error.limits[0]}
             if not error.right:
@@ -136,7 +142,7 @@ class Measurement:
                 row["time_split_us"] = {part: value * row["median_us"] for part, value in parts.items()}
 
     def _rate(self, name: str) -> None:
-        """Throughput, and its share of what the machine can do. A compiler's launches and bytes are not known."""
+        """Throughput. A compiler's launches and bytes are not known."""
         row, own = self.rows[name], self._costs[name]
         us = row["median_us"]
         row["iterations_per_second"] = 1e6 / us
@@ -144,12 +150,8 @@ class Measurement:
         cost = own or self._costs.get(PLAIN)
         if cost is not None:
             row["gflop"], row["tflop_per_s"] = cost.flops / 1e9, cost.flops / us / 1e6
-            if rate := self.ceilings["matrix_tflop_per_s"].get(self._ways[name].numbers):
-                row["share_of_matrix_rate"] = row["tflop_per_s"] / rate
         if own is not None:
             row["launches"], row["gb"], row["gb_per_s"] = own.launches, own.bytes / 1e9, own.bytes / us / 1e3
-            if bandwidth := self.ceilings["copy_gb_per_s"]:
-                row["share_of_bandwidth"] = row["gb_per_s"] / bandwidth
 
     def _measure_energy(self) -> None:
         """Joule for a thousand real images, from the GPU's counter over some seconds."""
@@ -208,6 +210,17 @@ def related(case: Case, rows: Mapping[str, Row], times: Mapping[str, Sequence[fl
         "best_competitor": best,
         "variants": dict(rows),
     }
+
+
+def compared_with(limits: Mapping[str, Any], rows: Iterable[Row]) -> None:
+    """Add the shares of what the machine can do to rows."""
+    for row in rows:
+        rate = limits["matrix_tflop_per_s"].get(row["precision"])
+        for share, key, limit in (
+            ("share_of_matrix_rate", "tflop_per_s", rate), ("share_of_bandwidth", "gb_per_s", limits["copy_gb_per_s"])
+        ):  # fmt: skip
+            if row.get(key) is not None and limit:
+                row[share] = row[key] / limit
 
 
 def last_line(e: BaseException) -> str:
