@@ -42,7 +42,7 @@ RESULT = {  # keys, and those of what they hold
     "synchronisations": "op where source per_iteration",
     "memory": "categories peak_bytes timeline",
     "samples": "interval_s series missing energy_j energy_j_per_kimg",
-    "profiler_cost": "share plain_us profiled_us pairs",
+    "profiler_cost": "share plain_us profiled_us",
     "findings": "title us share evidence advice",
 }  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 The iterations of the loop within are used one after another: some to warm up, some watched for what waits for the
 device and for FLOPs, bytes and launches, a few under torch's profiler, and all others in blocks that are timed as they
-are and with the clocks of the phases running, in turn. The ratio of the two is the profiler's own cost.
+are and with the clocks of the phases running, in turn. The ratio of the two medians is the profiler's own cost.
 """
 
 from __future__ import annotations
@@ -123,9 +123,8 @@ class Profile:
         if marks.listener is not None:
             raise InputError("profile: another profile is running")
         engine, device = self.engine, self.engine.device
-        self._durations: list[float] = []  # plain ones, nanoseconds per iteration
+        self._durations: dict[bool, list[float]] = {False: [], True: []}  # nanoseconds per iteration; timed ones?
         self._plain, self._timed = [0.0, 0], [0.0, 0]  # nanoseconds and iterations
-        self._blocks: list[tuple[float, float]] = []  # plain and timed, nanoseconds per iteration
         self._times: defaultdict[str, int] = defaultdict(int)
         self._calls: Counter[str] = Counter()
         self._watched = self._traced = self._seen = 0
@@ -203,37 +202,31 @@ class Profile:
 
     def _pair(self, iterations: int, reverse: bool) -> Generator[None, int, None]:
         """One block as it is, one with the clocks running."""
-        means = {}
         for timed in (reverse, not reverse):
-            means[timed] = yield from self._block(iterations, timed)
-        self._blocks.append((means[False], means[True]))
+            yield from self._block(iterations, timed)
 
-    def _block(self, iterations: int, timed: bool) -> Generator[None, int, float]:
+    def _block(self, iterations: int, timed: bool) -> Generator[None, int, None]:
         recorder, on_gpu = self._recorder, self.engine.device.type == "cuda"
         with self._lines.looking() if timed else contextlib.nullcontext():
             wait(self.engine.device)
             recorder.measure("time" if timed else "off")
-            begun, spent, done = recorder.begun, 0, 0
+            begun, done = recorder.begun, 0
             while done < iterations:
                 count = yield
-                took = recorder.ended - recorder.begun
-                done, spent = done + count, spent + took
+                done += count
                 if not on_gpu:
-                    self._note(timed, took, count)
+                    self._note(timed, recorder.ended - recorder.begun, count)
                     recorder.resume()
             if on_gpu:  # the host runs ahead: only the end of a block is known
                 wait(self.engine.device)
-                spent = time.perf_counter_ns() - begun
-                self._note(timed, spent, done)
+                self._note(timed, time.perf_counter_ns() - begun, done)
             recorder.measure("off")
-        return spent / done
 
     def _note(self, timed: bool, ns: int, iterations: int) -> None:
         """So many iterations took so long."""
         total = self._timed if timed else self._plain
         total[0], total[1] = total[0] + ns, total[1] + iterations
-        if not timed:
-            self._durations.append(ns / iterations)
+        self._durations[timed].append(ns / iterations)
         times, calls = self._recorder.take()
         for phase, spent in times.items():
             self._times[phase] += spent
@@ -271,14 +264,12 @@ class Profile:
         engine = self.engine
         events: list[dict[str, Any]] = json.loads(self._events)["traceEvents"] if self._events else []
         images = engine.n_critic * engine.batch
-        plain = self._plain if self._plain[1] else self._timed
-        mean_us = plain[0] / plain[1] / 1e3
-        p20, median, p80 = (np.percentile(self._durations or [mean_us * 1e3], (20, 50, 80)) / 1e3).tolist()
+        mean_us = self._plain[0] / self._plain[1] / 1e3
+        p20, median, p80 = (np.percentile(self._durations[False], (20, 50, 80)) / 1e3).tolist()
+        profiled = statistics.median(self._durations[True]) / 1e3
         samples = self._sampler.result()
         phases, launches = self._phases(events, mean_us)
         samples["energy_j_per_kimg"] = self._energy(samples, images)
-        pairs = self._blocks or [(mean_us * 1e3, mean_us * 1e3)]
-        cost = statistics.median(timed / plain for plain, timed in pairs) - 1
         result: dict[str, Any] = {
             "schema": SCHEMA,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -299,10 +290,7 @@ class Profile:
             "launches_per_iteration": launches,
             "memory": self._memory(events, samples),
             "samples": samples,
-            "profiler_cost": {
-                "share": cost, "plain_us": statistics.median(p for p, _ in pairs) / 1e3,
-                "profiled_us": statistics.median(t for _, t in pairs) / 1e3, "pairs": len(self._blocks),
-            },
+            "profiler_cost": {"share": profiled / median - 1, "plain_us": median, "profiled_us": profiled},
         }  # fmt: skip
         result["findings"] = findings.find(result, findings.facts(engine))
         return result
@@ -447,7 +435,7 @@ def profile(
     Iterations are those of ``engine.step``, ``engine.run``, or ``d_step`` … ``g_step`` by hand; they train as they do
     without it, to the bit. Seven are needed at least, a few seconds' worth give steadier figures; after a minute the
     loop runs on unwatched. Time within a feed, and in data sets and loaders between steps, is "data", other time
-    between steps "your loop"; lines are found by looking at the stack every 5 ms. One profile runs at a time, and sees
+    between steps "your loop"; lines are found by looking at the stack every 10 ms. One profile runs at a time, and sees
     its own thread.
 
     Args:

@@ -23,7 +23,7 @@ from fastgan.graphs import FASTGAN
 Level = Literal["off", "time", "cost", "trace"]
 Place = tuple[str, int]  # file and line
 
-_SAMPLE_S = 0.005  # between two looks at the stack
+_SAMPLE_S = 0.01  # between two looks at the stack: each takes the interpreter from the loop
 _TORCH = str(Path(torch.__file__).parent)
 _READERS = (f"{FASTGAN}/data/", f"{_TORCH}/utils/data/")
 _LIBRARIES = tuple({sysconfig.get_paths()[k] for k in ("stdlib", "platstdlib", "purelib", "platlib")})
