@@ -148,7 +148,7 @@ def prepare(device: torch.device, tiny: bool) -> Sides:
         transformer.fit(data, discrete)
         transformed = transformer.transform(data)
     clock = Clock(device)
-    notes: dict[str, Any] = {"data": which, "rows": rows}
+    notes: dict[str, Any] = {"data": which, "rows": rows, "whole_step_us": []}
 
     def fit(steps: int) -> float:
         """Seconds of an update of the discriminator in ``fit``, without the first, on the table transformed above."""
@@ -161,12 +161,13 @@ def prepare(device: torch.device, tiny: bool) -> Sides:
             warnings.simplefilter("ignore")
             model.fit(data, discrete)
         updates, ends = clock.updates[-steps:], clock.ends[-steps - 1 :]
-        notes.setdefault("whole_step_us", []).append((ends[-1] - ends[0]) / (len(ends) - 1) * 1e6)
+        notes["whole_step_us"].append((ends[-1] - ends[0]) / (len(ends) - 1) * 1e6)
         return sum(updates) / len(updates)
 
     fit(1)
     real, fake = clock.rows[0]
     error = check(clock.discriminator, real, fake, device)
+    notes["whole_step_us"].clear()
     notes |= {"discriminator_input": real.shape[1], "batch": len(real), "pac": clock.discriminator.pac}
     ours = engine(critic(real.shape[1], clock.discriminator.pac), device)
     batches = list(clock.rows)
