@@ -68,9 +68,14 @@ def recipes(results: Results) -> list[Row]:
     return rows
 
 
+def quoted(result: Results) -> bool:
+    """Whether a workload has a row: the engine was right and was timed."""
+    return bool(result["variants"].get("fastgan", {}).get("status") == "ok")
+
+
 def workloads(results: Results) -> list[Row]:
     """One row for each workload and precision, its batch sizes beside each other."""
-    found = [r for r in results.get("bench", {}).get("results", []) if r["variants"]["fastgan"]["status"] == "ok"]
+    found = [r for r in results.get("bench", {}).get("results", []) if quoted(r)]
     rows = []
     for (name, precision), group in itertools.groupby(found, key=lambda r: (r["workload"], r["precision"])):
         cases = list(group)
@@ -142,7 +147,7 @@ ROWS: tuple[Callable[[Results], list[Row]], ...] = (recipes, workloads, closed_f
 
 def noise(results: Results) -> str:
     """The largest of the ratios that are quoted, as a part of the sentence above the table."""
-    found = [r["noise"] for r in results.get("bench", {}).get("results", [])]
+    found = [r["noise"] for r in results.get("bench", {}).get("results", []) if quoted(r)]
     found += [p["noise"] for p in results.get("peers", {}).get("peers", {}).values() if p["status"] == "ok"]
     return f", ratios to ± {max(found):.0%} or better" if found else ""
 
@@ -161,11 +166,8 @@ def table(results: Results, link: str) -> str:
     rows = [row for make in ROWS for row in make(results)]
     if not rows:
         return ""
-    used = {
-        name: results[name]
-        for name in ("recipes", "bench", "closed_form", "peers", "memory", "gather")
-        if name in results
-    }
+    names = ("recipes", "bench" if "bench" in results else "closed_form", "peers", "memory", "gather")
+    used = {name: results[name] for name in names if name in results}
     runs = "recipes as shipped, one run each; all else " if "recipes" in used else ""
     how = (
         f"Measured on {machine(used)}, fp32 where nothing else is said: {runs}interleaved with what it is compared "
@@ -185,7 +187,7 @@ def table(results: Results, link: str) -> str:
 def section(folder: Path = RESULTS) -> str:
     """All that stands between the two comments: the CPU's table, and one for each GPU that was measured."""
     gpus = sorted(path.parent for path in folder.glob("*/bench.json") if path.parent.name != "cpu")
-    parts = [table(read(machine), f"bench/results/{machine.name}") for machine in (folder / "cpu", *gpus)]
+    parts = [table(read(where), f"bench/results/{where.name}") for where in (folder / "cpu", *gpus)]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -158,7 +158,10 @@ def prepare(device: torch.device, tiny: bool) -> Sides:
     error = difference((theirs.generator, ours.generator), (theirs.discriminator, ours.discriminator))
 
     module, ours, alone = module_of(copies(pair)), engine(copies(pair)), engine(copies(pair))
-    batches, feed = endless(loader), fastgan.open_dataset(images).feed(batch, device=device if device.type == "cuda" else None)
+    batches, feed = (
+        endless(loader),
+        fastgan.open_dataset(images).feed(batch, device=device if device.type == "cuda" else None),
+    )
     return Sides(
         peer=lambda n: fit(module, loader, device, n, SKIPPED),
         fastgan=stepping(lambda: ours.step(batches), device),
