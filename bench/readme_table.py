@@ -68,6 +68,13 @@ def recipes(results: Results) -> list[Row]:
     return rows
 
 
+def benched(results: Results) -> list[Results]:
+    """Results of ``fastgan bench`` from the files ``bench*.json``, by workload and batch size."""
+    found = [r for name, file in results.items() if name.startswith("bench") for r in file["results"]]
+    order = list(dict.fromkeys(r["workload"] for r in found))
+    return sorted(found, key=lambda r: (order.index(r["workload"]), r["precision"], r["batch"]))
+
+
 def quoted(result: Results) -> bool:
     """Whether a workload has a row: the engine was right and was timed."""
     return bool(result["variants"].get("fastgan", {}).get("status") == "ok")
@@ -75,7 +82,7 @@ def quoted(result: Results) -> bool:
 
 def workloads(results: Results) -> list[Row]:
     """One row for each workload and precision, its batch sizes beside each other."""
-    found = [r for r in results.get("bench", {}).get("results", []) if quoted(r)]
+    found = [r for r in benched(results) if quoted(r)]
     rows = []
     for (name, precision), group in itertools.groupby(found, key=lambda r: (r["workload"], r["precision"])):
         cases = list(group)
@@ -89,23 +96,6 @@ def workloads(results: Results) -> list[Row]:
             names = "; ".join(dict.fromkeys(case["best_competitor"] for case in cases))
             said.append(f"{times(v['best_competitor_over_this'] for v in own)} as the best other ({names})")
         rows.append((f"`{name}`: {about}", "; ".join(duration(v["median_us"]) for v in own), ", ".join(said)))
-    return rows
-
-
-def closed_form(results: Results) -> list[Row]:
-    """Updates as they were measured before there was ``fastgan bench``."""
-    found = {} if "bench" in results else results.get("closed_form", {}).get("workloads", {})
-    rows = []
-    for label, keys in (
-        ("WGAN-GP critic update, 784-512-256-1, batch 64; 512", ("wgan-gp-64", "wgan-gp-512")),
-        ("25-Gaussians pair, 2-128-128, one iteration with R1 + R2, batch 256", ("toy-r1-r2",)),
-        ("R1 on four convolutions, 32×32, batch 64", ("conv-r1",)),
-    ):
-        if all(key in found for key in keys):
-            own = [found[key]["variants"]["engine"] for key in keys]
-            plain, best = ([v[key] for v in own] for key in ("eager_over_this", "compiled_over_this"))
-            result = f"{times(plain)} as fast as the usual loop, {times(best)} as the best `torch.compile` form"
-            rows.append((label, "; ".join(duration(v["median_ms"] * 1e3) for v in own), result))
     return rows
 
 
@@ -139,7 +129,7 @@ def gather(results: Results) -> list[Row]:
     return [("gather 256 random images of 3×32×32", duration(us), f"{ratio:.1f} × the numpy expression")]
 
 
-ROWS: tuple[Callable[[Results], list[Row]], ...] = (recipes, workloads, closed_form, peers, memory, gather)
+ROWS: tuple[Callable[[Results], list[Row]], ...] = (recipes, workloads, peers, memory, gather)
 
 
 # ---- tables
@@ -147,7 +137,7 @@ ROWS: tuple[Callable[[Results], list[Row]], ...] = (recipes, workloads, closed_f
 
 def noise(results: Results) -> str:
     """The largest of the ratios that are quoted, as a part of the sentence above the table."""
-    found = [r["noise"] for r in results.get("bench", {}).get("results", []) if quoted(r)]
+    found = [r["noise"] for r in benched(results) if quoted(r)]
     found += [p["noise"] for p in results.get("peers", {}).get("peers", {}).values() if p["status"] == "ok"]
     return f", ratios to ± {max(found):.0%} or better" if found else ""
 
@@ -155,7 +145,6 @@ def noise(results: Results) -> str:
 def machine(results: Results) -> str:
     """The machine and the version of torch that the results share; several where they do not."""
     said = [r["conditions"] for r in results.values() if "conditions" in r]
-    said += [w["conditions"] for w in results.get("closed_form", {}).get("workloads", {}).values()]
     cores = {f"{c['cores']} cores of an {c['cpu']}" if not c.get("gpu") else f"one {c['device_name']}" for c in said}
     versions = {c["torch"].partition("+")[0] for c in said}
     return f"{' and '.join(sorted(cores))}, torch {' and '.join(sorted(versions))}"
@@ -166,8 +155,8 @@ def table(results: Results, link: str) -> str:
     rows = [row for make in ROWS for row in make(results)]
     if not rows:
         return ""
-    names = ("recipes", "bench" if "bench" in results else "closed_form", "peers", "memory", "gather")
-    used = {name: results[name] for name in names if name in results}
+    names = ("recipes", "peers", "memory", "gather")
+    used = {name: result for name, result in results.items() if name in names or name.startswith("bench")}
     runs = "recipes as shipped, one run each; all else " if "recipes" in used else ""
     how = (
         f"Measured on {machine(used)}, fp32 where nothing else is said: {runs}interleaved with what it is compared "
