@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from fastgan.report.conditions import conditions
@@ -16,6 +17,7 @@ from fastgan.report.values import (
     NOTHING,
     Row,
     between,
+    count,
     duration,
     figure,
     moment,
@@ -119,7 +121,7 @@ def _good(result: Row, name: str) -> Row:
 
 
 def _batch(result: Row) -> str:
-    return f"batch {figure(number(result, 'batch'), 7)}"
+    return f"batch {word(result, 'batch')}"
 
 
 # ---- sentences
@@ -152,15 +154,21 @@ def _fastest(results: Sequence[Row]) -> str:
 
 
 def _alerts(groups: Sequence[Group]) -> Html:
-    """Variants that are not what they should be, above all figures."""
+    """Variants that are not what they should be, above all figures; those that are wrong come first."""
+    found: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for status in ("wrong", "failed"):
+        for group in groups:
+            for result in group.results:
+                for name, one in _rows(result):
+                    if word(one, "status") == status:
+                        where = f"{group.name}, {_batch(result)}"
+                        found.setdefault((status, name), []).append((where, word(one, "reason", "no reason given")))
     alerts = []
-    for group in groups:
-        for result in group.results:
-            for name, found in _rows(result):
-                if (status := word(found, "status")) in ("wrong", "failed"):
-                    what = f"{SIGNS[status]} {name} {'is wrong' if status == 'wrong' else 'failed'}"
-                    where = f" in {group.name}, {_batch(result)}: {word(found, 'reason', 'no reason given')}"
-                    alerts.append(el("p", el("strong", what), where, class_=f"alert {status}"))
+    for (status, name), cases in found.items():
+        what = f"{SIGNS[status]} {name} {'is wrong' if status == 'wrong' else 'failed'}"
+        others = ["", f" and in {cases[-1][0]}", f" and {len(cases) - 1} more cases"][min(len(cases), 3) - 1]
+        text = f" in {cases[0][0]}{others}: {shorten(cases[0][1], 200, placeholder='…')}"
+        alerts.append(el("p", el("strong", what), text, class_=f"alert {status}"))
     return join(alerts)
 
 
@@ -205,19 +213,14 @@ def _error_share(row: Row, result: Row) -> str | None:
     return f"{percent(error / limit)} of limit" if error is not None and limit else None
 
 
+_EAGER, _BEST = "eager_over_this", "best_competitor_over_this"
 _COLUMNS: tuple[Column, ...] = (
     Column("Iterations/s", "iterations_per_second", partial(figure, digits=4), "p20…p80", _range),
     Column("s/kimg", "seconds_per_kimg", figure),
-    Column("Against eager", "eager_over_this", times, "± noise", partial(_apart, "eager_over_this")),
-    Column(
-        "Against best competitor",
-        "best_competitor_over_this",
-        times,
-        "± noise",
-        partial(_apart, "best_competitor_over_this"),
-    ),
+    Column("Against eager", _EAGER, times, "± noise", partial(_apart, _EAGER)),
+    Column("Against best competitor", _BEST, times, "± noise", partial(_apart, _BEST)),
     Column("Penalty", "penalty_overhead", times, "with ÷ without"),
-    Column("Launches", "launches", partial(figure, digits=4)),
+    Column("Launches", "launches", count),
     Column("TFLOP/s", "tflop_per_s", figure, "", partial(_of_limit, "share_of_matrix_rate")),
     Column("GB/s", "gb_per_s", figure, "", partial(_of_limit, "share_of_bandwidth")),
     Column("Memory", "peak_bytes", lambda n: figure(None if n is None else n / 1e6), "MB, peak"),
@@ -234,7 +237,7 @@ def _group_section(group: Group, columns: Sequence[Column]) -> Html:
     first = group.results[0]
     critic = number(first, "n_critic") or 1
     about = [word(first, "about", ""), word(first, "precision", "")]
-    about += [f"{figure(critic)} discriminator updates an iteration"] if critic > 1 else []
+    about += [f"{count(critic)} discriminator updates an iteration"] if critic > 1 else []
     head = [join([c.head, el("small", c.unit) if c.unit else None]) for c in columns]
     bodies = [_body(result, columns) for result in group.results]
     return section(
@@ -247,7 +250,7 @@ def _group_section(group: Group, columns: Sequence[Column]) -> Html:
 
 
 def _body(result: Row, columns: Sequence[Column]) -> list[Html]:
-    said = [f"{figure(number(result, 'images_per_iteration'), 7)} images an iteration"]
+    said = [f"{count(number(result, 'images_per_iteration'))} images an iteration"]
     said += [] if (noise := number(result, "noise")) is None else [f"ratios good to ±{noise:.1%}"]
     said.append(f"best competitor: {word(result, 'best_competitor', 'none')}")
     text = el("span", _capital(_batch(result)), " ", el("small", " · ".join(said)))
@@ -281,7 +284,7 @@ def _overview(groups: Sequence[Group]) -> Html:
             status = word(part(part(result, "variants"), OWN), "status", "not run")
             noise = number(result, "noise")
             cells = [
-                figure(number(result, "batch"), 7),
+                word(result, "batch"),
                 figure(number(own, "iterations_per_second"), 4) if own else status,
                 times(number(own, "eager_over_this")),
                 times(number(own, "best_competitor_over_this")),
@@ -406,8 +409,11 @@ def _split(group: Group) -> Plot | None:
     panels, said = _panels(group, bar)
     if not panels:
         return None
+    used = {role for found in panels.values() for b in found for length, role in b.parts if length}
+    legend = [(role, role) for role in SPLIT if role in used]
+    own = "; each batch size has a scale of its own" if len(panels) > 1 else ""
     return Plot(
-        f"split-{group.anchor}", "Time of an iteration by part", "Shorter is faster.",
+        f"split-{group.anchor}", "Time of an iteration by part", f"Shorter is faster{own}.",
         f"{group.name}, time of an iteration; {'; '.join(said)}.",
-        lambda narrow: bars(narrow, panels, "milliseconds", legend=[(name, name) for name in SPLIT]),
+        lambda narrow: bars(narrow, panels, "milliseconds", legend=legend, shared=False),
     )  # fmt: skip

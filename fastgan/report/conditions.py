@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastgan.report.page import Html, el, facts, section
-from fastgan.report.values import Row, figure, part
+from fastgan.report.values import Row, figure, part, word
 
 _NAMES = {
     "device": "Device", "device_name": "Name of the device", "cpu": "Processor", "cores": "Cores at hand",
@@ -19,10 +19,10 @@ def conditions(said: Row, result: Mapping[str, Any]) -> Html:
     """The last section of a page."""
     pairs = [(_NAMES.get(key, _spelled(key)), _text(value)) for key, value in said.items() if key != "gpu"]
     pairs += [(f"GPU: {_spelled(key).lower()}", _text(value)) for key, value in part(said, "gpu").items()]
-    command = result.get("command")
-    shown = el("pre", el("code", str(command))) if command else None
-    schema = el("p", f"Schema {result['schema']}", class_="note") if result.get("schema") else None
-    return section("Conditions", facts(pairs, "conditions"), shown, schema)
+    command, schema = word(result, "command", ""), word(result, "schema", "")
+    shown = el("pre", el("code", command)) if command else None
+    named = el("p", f"Schema {schema}", class_="note") if schema else None
+    return section("Conditions", facts(pairs, "conditions"), shown, named)
 
 
 def _spelled(key: str) -> str:
@@ -31,7 +31,7 @@ def _spelled(key: str) -> str:
 
 
 def _text(value: Any) -> str:
-    if value is None:
+    if value is None or value != value:
         return "not known"
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -92,7 +92,7 @@ def table(caption: str, head: Sequence[str], *bodies: Sequence[Html], class_: st
     """
     names = el("thead", el("tr", *(el("th", name, scope="col") for name in head)))
     groups = (el("tbody", *rows) for rows in bodies)
-    inner = el("table", el("caption", caption), names, *groups, class_=class_)
+    inner = el("table", el("caption", el("span", caption)), names, *groups, class_=class_)
     return el("div", inner, class_="scroll", tabindex=0, role="region", aria_label=caption)
 
 

@@ -131,8 +131,10 @@ def _style() -> Iterator[None]:
 def canvas(narrow: bool, height: float) -> Figure:
     """An empty figure, so many CSS pixels high."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return Figure(figsize=((NARROW if narrow else WIDE) / 72, height / 72), layout="constrained")
+    layout = ConstrainedLayoutEngine(wspace=0.05, hspace=0.07)
+    return Figure(figsize=((NARROW if narrow else WIDE) / 72, height / 72), layout=layout)
 
 
 def label(text: str, most: int = 22) -> str:
@@ -164,53 +166,60 @@ class Bar:
     apart: float | None = None
     role: str = "ink"
 
+    @property
+    def end(self) -> float:
+        """Of the bar or its whisker."""
+        return sum(length for length, _ in self.parts) + (self.apart or 0.0)
+
 
 def bars(
-    narrow: bool, panels: Mapping[str, Sequence[Bar]], axis: str, *, mark: float | None = None,
+    narrow: bool, panels: Mapping[str, Sequence[Bar]], axis: str, *, mark: float | None = None, shared: bool = True,
     legend: Sequence[tuple[str, str]] = (),
 ) -> Figure:  # fmt: skip
-    """Panels of horizontal bars, which share the axis.
+    """Panels of horizontal bars, of the same names in each.
 
     Args:
         narrow: for a narrow screen: below each other.
         panels: bars by title; the titles are left out where there is one panel.
         axis: its name.
         mark: where a line stands through all bars.
+        shared: whether all panels have one scale.
         legend: names and roles of the parts' colours.
     """
-    columns = 1 if narrow else min(len(panels), 3)
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+
+    columns = 1 if narrow else {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
     rows = -(-len(panels) // columns)
     most = max(map(len, panels.values()))
-    figure = canvas(narrow, rows * (26 * most + 62) + (24 * -(-len(legend) // (2 if narrow else 6))))
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
-    ends = [sum(length for length, _ in b.parts) + (b.apart or 0) for group in panels.values() for b in group]
-    longest = max([*ends, mark or 0.0]) or 1.0
-    room = 1.45 if narrow or columns > 1 else 1.2  # for the texts
+    height = rows * (26 * most + 44 + 20 * (len(panels) > 1)) + 26 * bool(legend)
+    figure = canvas(narrow, height)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    longest = [max([mark or 0.0, *(b.end for b in group)]) or 1.0 for group in panels.values()]
+    room = 1.4 if narrow or columns > 1 else 1.15  # for the texts
     for plot in grid.flat[len(panels) :]:
         plot.set_visible(False)
     for i, (plot, (title, group)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
-        _bar_panel(plot, group, longest)
-        plot.set(xlim=(0, longest * room), ylim=(most - 0.5, -0.5))
+        most_here = max(longest) if shared else longest[i]
+        _bar_panel(plot, group, most_here)
+        plot.set(xlim=(0, most_here * room), ylim=(most - 0.5, -0.5), xlabel=axis)
+        plot.xaxis.set_major_locator(MaxNLocator(4 if columns > 1 else 6))
         if i % columns:
             plot.set_yticks([])
         if len(panels) > 1:
             plot.set_title(title)
         if mark is not None:
             plot.axvline(mark, color=light("ink"), linewidth=1, linestyle=(0, (3, 3)), zorder=3)
-        if i + columns >= len(panels):
-            plot.tick_params(labelbottom=True)
-            plot.set_xlabel(axis)
     if legend:
-        from matplotlib.patches import Patch
-
         handles = [Patch(color=light(role), label=name) for name, role in legend]
-        figure.legend(handles=handles, loc="outside upper left", ncols=2 if narrow else 6)
+        figure.legend(handles=handles, loc="outside upper left", ncols=3, handlelength=1, columnspacing=1.2)
     return figure
 
 
 def _bar_panel(plot: Axes, group: Sequence[Bar], longest: float) -> None:
     plot.grid(axis="y", visible=False)
     plot.set_yticks(range(len(group)), [label(b.name) for b in group])
+    behind = {"facecolor": light("ground"), "edgecolor": "none", "pad": 1.0}
     for y, one in enumerate(group):
         left = 0.0
         for length, role in one.parts:
@@ -218,7 +227,8 @@ def _bar_panel(plot: Axes, group: Sequence[Bar], longest: float) -> None:
             left += length
         if one.apart:
             plot.plot([left - one.apart, left + one.apart], [y, y], color=light("ink"), linewidth=1.2, zorder=4)
-        plot.text(left + (one.apart or 0) + 0.02 * longest, y, one.text, va="center", color=light(one.role))
+        x = one.end + 0.02 * longest
+        plot.text(x, y, one.text, va="center", color=light(one.role), bbox=behind, zorder=5)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from fastgan.report.values import (
     NOTHING,
     Row,
     between,
+    count,
     duration,
     figure,
     moment,
@@ -52,6 +53,7 @@ def profile_page(result: Mapping[str, Any]) -> str:
     """
     said, run = part(result, "conditions"), part(result, "run")
     what = word(run, "what", "a training loop")
+    what = what[:1].upper() + what[1:]
     about = [word(said, "device_name", "a device that is not named"), moment(word(result, "created", "no date"))]
     plots = {plot.name: picture(plot) for plot in _plots(result)}
     body = [
@@ -112,20 +114,20 @@ def _findings(found: Sequence[Row]) -> Html:
 def _iteration(result: Mapping[str, Any]) -> Html:
     run, iteration, samples = part(result, "run"), part(result, "iteration"), part(result, "samples")
     low, high = number(iteration, "p20_us"), number(iteration, "p80_us")
+    spread = f"{duration(low)}…{duration(high)}"
     pairs = [
-        ("Iteration, median", duration(number(iteration, "median_us"))),
-        ("p20 to p80", f"{duration(low)} to {duration(high)}"),
+        ("Iteration, median and p20…p80", join([duration(number(iteration, "median_us")), el("small", spread)])),
         ("Iterations/s", figure(number(iteration, "iterations_per_second"), 4)),
         ("s/kimg", figure(number(iteration, "seconds_per_kimg"))),
-        ("Launches an iteration", figure(number(result, "launches_per_iteration"), 4)),
+        ("Launches an iteration", count(number(result, "launches_per_iteration"))),
         ("Peak memory", size(number(part(result, "memory"), "peak_bytes"))),
     ]
     if (energy := number(samples, "energy_j_per_kimg")) is not None:
         pairs.append(("Energy, J/kimg", figure(energy)))
-    count, batch, critic = number(run, "iterations"), number(run, "batch"), number(run, "n_critic") or 1
-    said = [f"{figure(count, 7)} iterations of batch {figure(batch, 7)}", word(run, "precision", "")]
-    said += [f"{figure(critic)} discriminator updates an iteration"] if critic > 1 else []
-    said += [f"{figure(images, 7)} images an iteration"] if (images := number(run, "images_per_iteration")) else []
+    critic = number(run, "n_critic") or 1
+    said = [f"{count(number(run, 'iterations'))} iterations of batch {word(run, 'batch')}", word(run, "precision", "")]
+    said += [f"{count(critic)} discriminator updates an iteration"] if critic > 1 else []
+    said += [f"{count(images)} images an iteration"] if (images := number(run, "images_per_iteration")) else []
     return section("Iteration", el("p", " · ".join(filter(None, said)), class_="about"), facts(pairs, "figures"))
 
 
@@ -137,7 +139,7 @@ def _phases(phases: Sequence[Row], plot: Html | None) -> Html:
         name, us = word(p, "phase"), number(p, "us")
         role = palette.phase(name)
         work, moved = (v / us * 1e6 if us and (v := number(p, key)) else None for key in ("gflop", "gb"))
-        cells = [duration(us), _share(p, role), figure(number(p, "calls")), figure(work), figure(moved)]
+        cells = [duration(us), _share(p, role), count(number(p, "calls")), figure(work), figure(moved)]
         rows.append(row(join([swatch(role), name]), cells))
     head = ["Phase", "Time an iteration", "Share", "Calls an iteration", "GFLOP/s", "GB/s"]
     return section("Time by phase", plot, table("Time by phase, in the order of an iteration", head, rows))
@@ -149,7 +151,7 @@ def _lines(lines: Sequence[Row]) -> Html:
     head = ["Where", "Source", "Time an iteration", "Share", "Phase"]
     cells = ([_source(one), duration(number(one, "us")), _share(one), word(one, "phase")] for one in lines)
     rows = [row(word(one, "where"), cell) for one, cell in zip(lines, cells, strict=True)]
-    return section("Lines", table("Your lines, the most costly first", head, rows))
+    return section("Lines", table("Your lines, the most costly first", head, rows, class_="sources"))
 
 
 def _synchronisations(found: Sequence[Row]) -> Html:
@@ -157,10 +159,10 @@ def _synchronisations(found: Sequence[Row]) -> Html:
         return section("Synchronisations", _none("No line waits for the device."))
     head = ["Where", "Source", "Times an iteration", "Operator"]
     rows = [
-        row(word(s, "where"), [_source(s), figure(number(s, "per_iteration")), el("code", word(s, "op"))])
+        row(word(s, "where"), [_source(s), count(number(s, "per_iteration")), el("code", word(s, "op"))])
         for s in found
     ]  # fmt: skip
-    return section("Synchronisations", table("Lines that wait for the device", head, rows))
+    return section("Synchronisations", table("Lines that wait for the device", head, rows, class_="sources"))
 
 
 def _operators(operators: Sequence[Row]) -> Html:
@@ -171,7 +173,7 @@ def _operators(operators: Sequence[Row]) -> Html:
     for o in operators:
         us = number(o, "us")
         length = bar((us or 0.0) / most)
-        rows.append(row(word(o, "operator"), [join([duration(us), length]), figure(number(o, "calls"))]))
+        rows.append(row(word(o, "operator"), [join([duration(us), length]), count(number(o, "calls"))]))
     head = ["Operator", "Time an iteration", "Calls an iteration"]
     return section("Operators", table("Operators, the most costly first", head, rows))
 
@@ -191,7 +193,7 @@ def _samples(samples: Row, plot: Html | None) -> Html:
     lines = [str(line) for line in missing] if isinstance(missing, Sequence) and not isinstance(missing, str) else []
     every = number(samples, "interval_s")
     energy = number(samples, "energy_j")
-    said = f"Sampled every {figure(every)} s." if every and plot else ""
+    said = f"Sampled every {every:g} s." if every and plot else ""
     said += f" The device used {figure(energy)} J." if energy is not None else ""
     return section(
         "The machine meanwhile",

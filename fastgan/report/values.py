@@ -32,7 +32,7 @@ def parts(row: Row, key: str) -> list[Row]:
 def word(row: Row, key: str, otherwise: str = NOTHING) -> str:
     """A text of a row."""
     value = row.get(key)
-    return otherwise if value in (None, "") else str(value)
+    return otherwise if value in (None, "") or value != value else str(value)
 
 
 def points(pairs: object) -> list[tuple[float, float]]:
@@ -52,8 +52,13 @@ def figure(value: float | None, digits: int = 3) -> str:
     elif value and abs(value) < 1e-3:
         text = f"{value:.{digits - 1}e}"
     else:
-        text = f"{value:.{digits}g}"
+        text = f"{value:#.{digits}g}".rstrip(".")
     return text.replace("-", _MINUS)
+
+
+def count(value: float | None) -> str:
+    """How many: whole, or with three digits where it is an average."""
+    return f"{value:,.0f}" if value is not None and value == round(value) else figure(value)
 
 
 def times(value: float | None) -> str:
