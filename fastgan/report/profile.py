@@ -270,7 +270,7 @@ def _timeline_plot(timeline: Sequence[tuple[float, float]]) -> Plot | None:
         return None
     values = [v for _, v in timeline]
     said = f"from {size(values[0])} to {size(values[-1])}, at most {size(max(values))}"
-    one = Series("Memory, MiB", [(t, v / 2**20) for t, v in timeline], peaks=True)
+    one = Series("MiB", [(t, v / 2**20) for t, v in timeline], peaks=True)
     return Plot(
         "memory-timeline", "Memory over time", "", f"Memory over {timeline[-1][0]:.1f} seconds: {said}.",
         lambda narrow: over_time(narrow, [one], 190),
