@@ -354,7 +354,7 @@ def _scaling(group: Group) -> Plot | None:
     return Plot(
         f"scaling-{group.anchor}", "Real images per second over batch size", "Median; the band is from p20 to p80.",
         f"{group.name}, real images per second by batch size: {'; '.join(said)}.",
-        lambda narrow: log_log(narrow, lines, "batch size", "real images per second"),
+        lambda narrow: log_log(narrow, lines, "batch size", "real images per second"), group.name,
     )  # fmt: skip
 
 
@@ -394,7 +394,7 @@ def _ratios(group: Group) -> Plot | None:
     return Plot(
         f"ratios-{group.anchor}", "Speed relative to eager", "Longer is faster; whiskers are the noise of the ratios.",
         f"{group.name}, speed relative to eager; {'; '.join(said)}.",
-        lambda narrow: bars(narrow, panels, "times as fast as eager", mark=1.0),
+        lambda narrow: bars(narrow, panels, "times as fast as eager", mark=1.0), group.name,
     )  # fmt: skip
 
 
@@ -415,5 +415,5 @@ def _split(group: Group) -> Plot | None:
     return Plot(
         f"split-{group.anchor}", "Time of an iteration by part", f"Shorter is faster{own}.",
         f"{group.name}, time of an iteration; {'; '.join(said)}.",
-        lambda narrow: bars(narrow, panels, "milliseconds", legend=legend, shared=False),
+        lambda narrow: bars(narrow, panels, "milliseconds", legend=legend, shared=False), group.name,
     )  # fmt: skip

@@ -49,6 +49,7 @@ class Plot:
         about: how to read it.
         alt: what it shows, in numbers.
         draw: the picture, narrow or not.
+        subject: what it is about, where it stands alone.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Plot:
     about: str
     alt: str
     draw: Callable[[bool], Figure]
+    subject: str = ""
 
 
 def picture(plot: Plot) -> Html:
@@ -94,7 +96,10 @@ def write(plots: Sequence[Plot], folder: Path) -> list[Path]:
     for plot in plots:
         path = folder / f"{plot.name}.png"
         with _style():
-            write_figure(plot.draw(False), path)
+            figure = plot.draw(False)
+            figure.set_figheight(figure.get_figheight() + 0.4)
+            figure.suptitle(f"{plot.subject}: {plot.title}" if plot.subject else plot.title, x=0.01, ha="left")
+            write_figure(figure, path)
         paths.append(path)
     return paths
 
@@ -203,7 +208,7 @@ def bars(
         most_here = max(longest) if shared else longest[i]
         _bar_panel(plot, group, most_here)
         plot.set(xlim=(0, most_here * room), ylim=(most - 0.5, -0.5), xlabel=axis)
-        plot.xaxis.set_major_locator(MaxNLocator(4 if columns > 1 else 6))
+        plot.xaxis.set_major_locator(MaxNLocator(4 if columns > 1 else 6, steps=[1, 2, 5, 10]))
         if i % columns:
             plot.set_yticks([])
         if len(panels) > 1:
@@ -285,11 +290,14 @@ def _apart(ticks: Sequence[float], least: float) -> list[float]:
     return kept
 
 
+_FINE = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+
+
 def _log_ticks(low: float, high: float) -> list[float]:
     """Round values within a range, at least three where it is not too small."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found: list[float] = []
-    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), [1 + i / 10 for i in range(90)]):
+    for steps in ((1,), (1, 3), (1, 2, 5), _FINE, [1 + i / 10 for i in range(90)]):
         found = [v for d in decades for s in steps if low <= (v := float(f"{s * 10.0**d:.2g}")) <= high]
         if len(found) >= 3:
             break

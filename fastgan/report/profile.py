@@ -116,7 +116,7 @@ def _iteration(result: Mapping[str, Any]) -> Html:
     low, high = number(iteration, "p20_us"), number(iteration, "p80_us")
     spread = f"{duration(low)}…{duration(high)}"
     pairs = [
-        ("Iteration, median and p20…p80", join([duration(number(iteration, "median_us")), el("small", spread)])),
+        ("Median, p20…p80", join([duration(number(iteration, "median_us")), el("small", spread)])),
         ("Iterations/s", figure(number(iteration, "iterations_per_second"), 4)),
         ("s/kimg", figure(number(iteration, "seconds_per_kimg"))),
         ("Launches an iteration", count(number(result, "launches_per_iteration"))),
