@@ -135,7 +135,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument("--list", action="store_true", help="print workloads and variants and leave")
     p.add_argument("--precision", default="auto", metavar="P", help="auto, fp32, tf32 or bf16")
     p.add_argument("--rounds", type=int, default=60, metavar="N", help="of timing, at most (default: 60)")
-    p.add_argument("--seconds", type=float, default=15.0, metavar="S", help="of timing a case (default: 15)")
+    p.add_argument("--seconds", type=float, default=25.0, metavar="S", help="of timing a case (default: 25)")
     p.add_argument("--isolate", action="store_true", help="each variant in a process of its own")
     p.add_argument("--json", metavar="FILE", help="write the results; - is the standard output")
     p.add_argument("--html", metavar="FILE", help="write a report with plots")

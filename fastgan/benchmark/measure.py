@@ -44,7 +44,7 @@ class Settings:
     """
 
     rounds: int = 60
-    seconds: float = 15.0
+    seconds: float = 25.0
     variants: Mapping[str, Make] = field(default_factory=lambda: VARIANTS)
     split: bool = True
     say: Callable[[str], None] = lambda text: None

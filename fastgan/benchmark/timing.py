@@ -67,12 +67,12 @@ def quantiles(times_us: Sequence[float]) -> dict[str, float]:
 def ratio(over: Sequence[float], under: Sequence[float]) -> tuple[float, float]:
     """Median of the ratios of two variants' times round by round, and its noise.
 
-    The noise is relative: how far the median of a fifth of the rounds lies from that of all, at most.
+    The noise is relative: two and a half standard errors of the median, 1.25 s / sqrt(n) for n rounds whose ratios
+    scatter by s (half of what lies between their 16th and 84th percentiles), so that chance exceeds it once in eighty.
     """
     found = np.asarray(over) / np.asarray(under)
-    whole = float(np.median(found))
-    parts = [float(np.median(part)) for part in np.array_split(found, min(5, len(found)))]
-    return whole, max(abs(part / whole - 1) for part in parts)
+    low, whole, high = np.percentile(found, (16, 50, 84)).tolist()
+    return whole, 2.5 * 1.2533 * (high - low) / 2 / whole / len(found) ** 0.5
 
 
 def median_us(run: Callable[[], object], device: torch.device, rounds: int = 20) -> float:
