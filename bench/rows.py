@@ -154,7 +154,7 @@ def compiled(context: Context) -> None:
 
 def measured(context: Context, of: Case, ways: Mapping[str, Make]) -> dict[str, Any]:
     """A result of ``fastgan bench``, beside the machine's state; ``failed`` where a way of the engine is not right."""
-    settings = Settings(3 if context.tiny else 30, max(3.0, min(12.0, context.left() / 4)), ways)
+    settings = Settings(3 if context.tiny else 30, max(2.0, min(6.0, context.left() / 4)), ways, energy_s=0.0)
     measurement = Measurement(of, settings)
     found = measurement.run() | {"ceilings": measurement.limits, "conditions": conditions(of.device)}
     compared_with(measurement.limits, found["variants"].values())

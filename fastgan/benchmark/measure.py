@@ -28,7 +28,6 @@ TIMED = (
     "share_of_matrix_rate", "share_of_bandwidth", "peak_bytes", "joule_per_kimg", "time_split_us",
 )  # fmt: skip
 """Keys of a row of a variant that is right."""
-_ENERGY_S = 5.0  # the counter is too coarse for less
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,8 @@ class Settings:
         seconds: of timing, after which no further round begins.
         variants: by name; one whose name ends in ``again`` is a twin, and shows the noise.
         split: whether the penalty's and the generator's share are measured too.
+        energy_s: seconds of each variant on a GPU that its energy is read over, whose counter is too coarse for less
+            than five; 0 to leave it out.
         say: takes what is being done.
     """
 
@@ -47,6 +48,7 @@ class Settings:
     seconds: float = 25.0
     variants: Mapping[str, Make] = field(default_factory=lambda: VARIANTS)
     split: bool = True
+    energy_s: float = 5.0
     say: Callable[[str], None] = lambda text: None
 
 
@@ -87,7 +89,7 @@ class Measurement:
             self._split()
         for name in self._ways:
             self._rate(name)
-        if self.case.device.type == "cuda":
+        if self.case.device.type == "cuda" and self.settings.energy_s:
             self._measure_energy()
         return related(self.case, self.rows, self._times)
 
@@ -148,7 +150,7 @@ class Measurement:
         row["iterations_per_second"] = 1e6 / us
         row["seconds_per_kimg"] = us / 1e3 / self.case.images
         cost = own or self._costs.get(PLAIN)
-        if cost is not None:
+        if cost is not None and cost.flops:  # of one launch that is everything they are not told
             row["gflop"], row["tflop_per_s"] = cost.flops / 1e9, cost.flops / us / 1e6
         if own is not None:
             row["launches"], row["gb"], row["gb_per_s"] = own.launches, own.bytes / 1e9, own.bytes / us / 1e3
@@ -160,7 +162,7 @@ class Measurement:
             if name.endswith(TWIN):
                 continue
             row, run = self.rows[name], _call(way)
-            calls = max(1, round(_ENERGY_S * 1e6 / (row["median_us"] * way.calls)))
+            calls = max(1, round(self.settings.energy_s * 1e6 / (row["median_us"] * way.calls)))
             wait(self.case.device)
             before = gpu.energy_j()
             if before is None:
