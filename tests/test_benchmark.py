@@ -269,6 +269,21 @@ def test_a_wrong_variant_has_no_speed(result: dict[str, Any]) -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_a_penalty_whose_cost_is_not_known() -> None:
+    def only_with_penalty(of: Case) -> Way:
+        if not of.penalised:
+            raise RuntimeError("no such form")
+        return by_hand(of)
+
+    said: list[str] = []
+    found = measured({"eager": eager, "fastgan": only_with_penalty}, say=said.append)
+    rows = found["variants"]
+    assert rows["fastgan"]["median_us"] > 0
+    assert rows["fastgan"]["penalty_overhead"] is None
+    assert rows["eager"]["penalty_overhead"] > 0
+    assert "fastgan: its penalty's cost is not known: RuntimeError: no such form" in said
+
+
 def test_the_figures_agree_with_each_other(result: dict[str, Any]) -> None:
     (found,) = result["results"]
     assert found["images_per_iteration"] == 16
