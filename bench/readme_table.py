@@ -160,7 +160,8 @@ def table(results: Results, link: str) -> str:
     runs = "recipes as shipped, one run each; all else " if "recipes" in used else ""
     how = (
         f"Measured on {machine(used)}, fp32 where nothing else is said: {runs}interleaved with what it is compared "
-        f"with, medians{noise(used)} ([conditions, all variants]({link})):"
+        f"with, medians{noise(used)}; the best other is the fastest of the same precision ([conditions, all variants, "
+        f"autocast too]({link})):"
     )
     return "\n".join(
         [

@@ -235,9 +235,11 @@ def compared_with(limits: Mapping[str, Any], rows: Iterable[Row]) -> None:
 
 
 def last_line(e: BaseException) -> str:
-    """Of a traceback, shortened."""
+    """Of a traceback, shortened; all lines of an error of torch's compiler, whose first ones say what it is."""
     text = "".join(traceback.format_exception_only(e)).strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     kind = type(e).__name__
+    if type(e).__module__.startswith("torch._dynamo"):
+        return f"{kind}: {' '.join(str(e).split())}"[:400]
     line = lines[-1] if lines else kind
     return (line if line.startswith(kind) or len(lines) == 1 else f"{kind}: {line}")[:400]
