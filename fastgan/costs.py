@@ -61,8 +61,9 @@ def of_iteration(engine: Engine, run: Callable[[], object]) -> Cost:
     variants = engine._executor.variants if engine._executor is not None else []
     if variants and variants[-1].recording is not None:
         run = variants[-1].body
+    own = all(u.optimizer is None for u in (engine._d, engine._g) if u is not None)
     with OpWatch() as seen:
-        before, marks.listener = marks.listener, _Plans(seen)
+        before, marks.listener = marks.listener, _Plans(seen, own)
         try:
             run()
         finally:
@@ -90,15 +91,17 @@ def bytes_of_optimisers(engine: Engine) -> int:
 class _Plans:
     """Hears which plans run, and counts what they are known to do in the place of what is seen of them."""
 
-    def __init__(self, seen: OpWatch) -> None:
-        self.seen = seen
+    def __init__(self, seen: OpWatch, own_optimisers: bool = True) -> None:
+        self.seen, self.own = seen, own_optimisers
 
     @contextlib.contextmanager
     def mark(self, phase: str) -> Iterator[None]:
         before = self.seen.launches, self.seen.bytes
         yield
-        if phase == "optimiser":  # a native pass, or torch ops that are counted apart
+        if phase == "optimiser":  # a native pass, or torch ops whose bytes are counted apart
             self.seen.launches += self.seen.launches == before[0]
+            if self.own:
+                self.seen.bytes = before[1]
 
     def entry(self, engine: Any, method: str) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()

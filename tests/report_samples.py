@@ -20,7 +20,7 @@ _GPU = _CPU | {
 # variant: time over that of eager with little work and with much, launches
 _SPEEDS = {
     "eager": (1.0, 1.0, 888), "eager again": (1.003, 0.998, 888), "eager + AMP": (1.35, 0.57, 1079),
-    "compiled": (0.62, 0.84, None), "compiled, traced": (0.66, 0.83, None), "CUDA graph": (0.21, 0.93, 888),
+    "compiled": (0.62, 0.84, None), "compiled + traced": (0.66, 0.83, None), "CUDA graph": (0.21, 0.93, 888),
     "fastgan reference": (0.93, 0.92, 651), "fastgan": (0.11, 0.68, 219),
 }  # fmt: skip
 
@@ -83,7 +83,7 @@ def spoiled_bench() -> dict[str, Any]:
     variants["compiled"] = _without_time(
         "wrong", "Adam's first moments are 0.31 from those in fp64, where rounding explains 4.1e-07: a gradient differs"
     )
-    variants["compiled, traced"] = _without_time("failed", "BackendCompilerFailed: <inductor> raised: & so on " * 6)
+    variants["compiled + traced"] = _without_time("failed", "BackendCompilerFailed: <inductor> raised: & so on " * 6)
     variants["fastgan"] |= {"penalty_overhead": math.nan, "tflop_per_s": None, "time_split_us": None, "p80_us": None}
     variants["somebody's very long variant of the loop, $x_1$ with \N{GREEK SMALL LETTER LAMDA} = 10"] = variants[
         "eager"

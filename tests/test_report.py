@@ -130,7 +130,7 @@ def test_a_variant_that_is_wrong_has_words_and_no_figure() -> None:
     assert "Adam's first moments are 0.31" in rows[0]
     assert "✗ wrong" in "".join(svgs(page))
     alts = [img["alt"] or "" for img in Elements(page).of("img")]
-    assert any("compiled ✗ wrong, compiled, traced ! failed" in alt for alt in alts)
+    assert any("compiled ✗ wrong, compiled + traced ! failed" in alt for alt in alts)
 
 
 def test_what_the_profile_page_says() -> None:

@@ -105,7 +105,7 @@ def main(args: Namespace) -> int:
     """The command, with its arguments read.
 
     Returns:
-        0, or 1 where a comparison found a regression, or a variant of fastgan is not right.
+        0, or 1 where a comparison found a regression, a variant of fastgan is not right, or nothing could be timed.
     """
     if args.compare:
         before, after = map(load, args.compare)
@@ -123,6 +123,8 @@ def main(args: Namespace) -> int:
     for path in (args.json, args.html):
         if path is not None and path != "-" and not Path(path).parent.is_dir():
             raise InputError(f"{path}: its folder does not exist")
+        if path is not None and Path(path).is_dir():
+            raise InputError(f"{path}: is a folder, expected a file")
     names = args.workload.split(",") if args.workload else list(WORKLOADS)
     found = cases(names, _numbers("--batch", args.batch), device, chosen(device, args.precision))
 
@@ -136,7 +138,7 @@ def main(args: Namespace) -> int:
 
     def done(result: Result) -> None:
         if args.json not in (None, "-"):
-            write_whole(Path(args.json), (as_json(result) + "\n").encode())
+            _write(args.json, as_json(result) + "\n")
 
     called = shlex.join(["fastgan", *sys.argv[1:]])
     result = run(found, settings, command=called, isolated=args.isolate, done=done)
@@ -148,11 +150,19 @@ def main(args: Namespace) -> int:
         from fastgan import report
 
         if args.html:
-            write_whole(Path(args.html), report.bench_page(result).encode())
+            _write(args.html, report.bench_page(result))
         if args.png:
             report.bench_pictures(result, Path(args.png))
     rows = [(name, row) for r in result["results"] for name, row in r["variants"].items()]
-    return int(any(name.startswith(OWN) and row["status"] in ("wrong", "failed") for name, row in rows))
+    bad = any(name.startswith(OWN) and row["status"] in ("wrong", "failed") for name, row in rows)
+    return int(bad or not any(row["status"] == "ok" for _, row in rows))
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        write_whole(Path(path), text.encode())
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written: {e.strerror}") from e
 
 
 def as_json(result: Result) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgan.benchmark.measure import OWN, PLAIN
+from fastgan.benchmark.measure import OWN, PLAIN, TWIN
 from fastgan.errors import InputError
 
 SCHEMA = "fastgan.bench/1"
@@ -56,7 +57,7 @@ class Change:
     @property
     def regression(self) -> bool:
         """Whether a variant of fastgan is slower than before beyond noise, or not right any more."""
-        return self.variant.startswith(OWN) and self.verdict not in ("faster", "same", "ok", "new", "skipped")
+        return self.variant.startswith(OWN) and self.verdict not in ("faster", "same", "ok", "new", "as before")
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
@@ -81,17 +82,23 @@ def _name(result: Mapping[str, Any]) -> str:
 def _changed(case: str, name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Change:
     x, y = a["variants"].get(name), b["variants"].get(name)
     was, now = (row["status"] if row else None for row in (x, y))
-    noise = a["noise"] + b["noise"]
+    noise = math.hypot(_noise(a, x), _noise(b, y))
     if was != "ok" or now != "ok":
         verdict = "gone" if now is None else "new" if was is None else now
-        if now != "ok" and was == now:  # as before
-            verdict = "skipped"
+        if was == now:
+            verdict = "as before"
         return Change(case, name, None, None, noise, verdict)
     absolute = x["median_us"] / y["median_us"]
     related = name != PLAIN and None not in (x["eager_over_this"], y["eager_over_this"])
     speed = y["eager_over_this"] / x["eager_over_this"] if related else absolute
     verdict = "same" if abs(speed - 1) <= noise else "faster" if speed > 1 else "slower"
     return Change(case, name, speed, absolute, noise, verdict)
+
+
+def _noise(result: Mapping[str, Any], row: Mapping[str, Any] | None) -> float:
+    """Of a variant's ratio to eager, or how far eager is from its twin, if that is more."""
+    twin = result["variants"].get(f"{PLAIN}{TWIN}", {}).get("eager_over_this") or 1.0
+    return max(abs(twin - 1), (row or {}).get("noise") or 0.0)
 
 
 def changes_table(changes: list[Change], before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

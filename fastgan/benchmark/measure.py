@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -126,7 +125,7 @@ class Measurement:
         for name, way in ways.items():
             runs[name, "whole"] = _call(way)
             if way.generate is not None:
-                runs[name, "generator"] = _call(way, way.generate)
+                runs[name, "generator"] = _call(way, way.generate)  # of which a call is one
             if penalised:
                 self.settings.say(f"{name}: made without penalty")
                 try:
@@ -140,14 +139,17 @@ class Measurement:
         deadline = time.monotonic() + self.settings.seconds / 2
         named = {"\n".join(key): run for key, run in runs.items()}
         times, _ = rounds_us(named, case.device, max(3, self.settings.rounds // 3), deadline)
+        for name, way in ways.items():
+            for key in (f"{name}\nwhole", f"{name}\nbare"):
+                times[key] = [t / way.calls for t in times.get(key, [])]
         for name in ways:
             whole = times[f"{name}\nwhole"]
-            without, generator = (times.get(f"{name}\n{part}") for part in ("bare", "generator"))
+            without, generator = times[f"{name}\nbare"], times.get(f"{name}\ngenerator")
             row, penalty = self.rows[name], 0.0
-            if without is not None:
+            if without:
                 row["penalty_overhead"], _ = ratio(whole, without)
                 penalty = max(0.0, 1 - 1 / row["penalty_overhead"])
-            if generator is not None and (without is not None or not penalised):
+            if generator is not None and (without or not penalised):
                 share = min(1 - penalty, ratio(generator, whole)[0])
                 parts = {"discriminator": 1 - penalty - share, "penalty": penalty, "generator": share}
                 row["time_split_us"] = {part: value * row["median_us"] for part, value in parts.items()}
@@ -175,6 +177,7 @@ class Measurement:
             wait(self.case.device)
             before = gpu.energy_j()
             if before is None:
+                self.settings.say("; ".join(gpu.missing) or "energy is not known")
                 break
             block(run, calls, self.case.device)
             after = gpu.energy_j()
@@ -201,12 +204,15 @@ def related(case: Case, rows: Mapping[str, Row], times: Mapping[str, Sequence[fl
     """
     good = {name: row for name, row in rows.items() if name in times and not name.endswith(TWIN)}
     rivals = [name for name in good if not name.startswith(OWN) and (AMP not in name or case.precision == "bf16")]
-    best = min(rivals, key=lambda name: rows[name]["median_us"]) if rivals else None
+    beside = times.get(OWN, [1.0])
+    best = min(rivals, key=lambda name: _over(times[name], beside)) if rivals else None
     noise = 0.0
     for name, found in times.items():
         for key, other in (("eager_over_this", PLAIN), ("best_competitor_over_this", best)):
             if other is not None and other in times:
                 rows[name][key], apart = ratio(times[other], found)
+                if len(found) > 1 and other == PLAIN and name != other:
+                    rows[name]["noise"] = apart
                 noise = max(noise, apart, abs(rows[name][key] - 1) if name == f"{other}{TWIN}" else 0.0)
         if len(found) == 1:  # medians of processes of their own
             noise = max(noise, 2 * rows[name]["noise"])
@@ -217,10 +223,14 @@ def related(case: Case, rows: Mapping[str, Row], times: Mapping[str, Sequence[fl
         "precision": case.precision,
         "n_critic": case.plain.n_critic,
         "images_per_iteration": case.images,
-        "noise": noise if times else math.nan,
+        "noise": noise if times else None,
         "best_competitor": best,
         "variants": dict(rows),
     }
+
+
+def _over(times: Sequence[float], under: Sequence[float]) -> float:
+    return ratio(times, under)[0] if len(times) == len(under) else ratio(times, [1.0] * len(times))[0]
 
 
 def compared_with(limits: Mapping[str, Any], rows: Iterable[Row]) -> None:

@@ -27,10 +27,9 @@ class Held:
 
     def _now(self) -> Any:
         wait(self.device)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return torch.cuda.memory_allocated(self.device)
         gc.collect()
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
         found = {}
         for tensor in gc.get_objects():
             if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu":
@@ -42,6 +41,7 @@ class Held:
     def peak(self, run: Callable[[], object]) -> int:
         """What is held now, and the most that a call takes besides."""
         if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
             run()
             wait(self.device)
             return int(torch.cuda.max_memory_allocated(self.device)) - int(self._before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -31,6 +32,8 @@ def rounds_us(
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Microseconds per call in every round, in which each variant has one block of calls; and the calls of a block.
 
+    The order is another in every round: what ran before leaves caches that suit some more than others.
+
     Args:
         runs: what is timed.
         device: that it works on.
@@ -45,8 +48,10 @@ def rounds_us(
     for done in range(rounds):
         if done >= 3 and time.monotonic() > deadline:
             break
-        for name, run in runs.items():
-            times[name].append(block(run, calls[name], device) * 1e6)
+        order = list(runs)
+        random.Random(done).shuffle(order)
+        for name in order:
+            times[name].append(block(runs[name], calls[name], device) * 1e6)
     return times, calls
 
 

@@ -187,7 +187,7 @@ def by_engine(
     networks = [n for n in (engine.generator, engine.discriminator) if n is not None]
     way = Way(run, lambda iteration: run(), networks, moments, graph=recorded, keep=engine)
     way.numbers = case.precision
-    if engine.generator is not None:
+    if engine.generator is not None and recorded is None:  # a recording holds both players' updates
         compared = real[-case.batch :] if engine.loss.compares else None
         way.generate = partial(engine.g_step, real=compared, labels=None if labels is None else labels[-case.batch :])
     way.cost = lambda: costs.of_iteration(engine, run)
@@ -225,8 +225,8 @@ VARIANTS: Mapping[str, Make] = {
     "eager": eager,
     "eager again": eager,
     "eager + AMP": lambda case: by_hand(case, Form(amp=True)),
-    "compiled": partial(compiled, traced=False),
-    "compiled, traced": partial(compiled, traced=True),
+    "compiled": partial(compiled + traced=False),
+    "compiled + traced": partial(compiled + traced=True),
     "CUDA graph": graphed,
     "fastgan reference": plain_engine,
     "fastgan": by_engine,
@@ -237,7 +237,7 @@ ABOUT = {
     "eager again": "the same once more: what differs is noise",
     "eager + AMP": "under autocast to bf16",
     "compiled": "torch.compile, torch.func.grad for penalties, fused Adam",
-    "compiled, traced": "torch.compile, torch.autograd.grad traced into it, tuned, fused Adam",
+    "compiled + traced": "torch.compile, torch.autograd.grad traced into it, tuned, fused Adam",
     "CUDA graph": "the eager iteration as one graph",
     "fastgan reference": "the engine through autograd, in PyTorch ops",
     "fastgan": "the engine as it comes",

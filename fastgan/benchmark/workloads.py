@@ -138,7 +138,7 @@ def find(name: str) -> Workload:
         InputError: there is no such workload, module or function.
     """
     module, colon, function = name.partition(":")
-    if not colon:
+    if not colon or not module or not function:
         if name not in WORKLOADS:
             raise unknown("workload", name, [*WORKLOADS, "module:function"])
         return WORKLOADS[name]
@@ -203,7 +203,12 @@ class Case:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            given = self.workload.arguments()
+            try:
+                given = self.workload.arguments()
+            except InputError:
+                raise
+            except Exception as e:
+                raise InputError(f"workload {self.workload.name!r}: raised {type(e).__name__}: {e}") from e
         what = f"workload {self.workload.name!r}"
         if not isinstance(given, dict):
             raise InputError(f"{what}: gave a {type(given).__name__}, expected a dict of fastgan.Engine's arguments")

@@ -46,7 +46,7 @@ COLOURS: dict[str, tuple[str, str]] = {
 
 _VARIANTS = {
     "eager": "eager", "eager again": "eager", "eager + AMP": "autocast", "compiled": "compiled",
-    "compiled, traced": "traced", "CUDA graph": "graph", "fastgan reference": "reference", "fastgan": "fastgan",
+    "compiled + traced": "traced", "CUDA graph": "graph", "fastgan reference": "reference", "fastgan": "fastgan",
 }  # fmt: skip
 _PHASES = {
     "your loop": "input-2", "data": "input-1", "copy": "input-2", "noise": "input-1", "fakes": "generator-1",
