@@ -44,8 +44,9 @@ def duration(us: float) -> str:
     return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
 
 
-def times(ratios: Iterable[float]) -> str:
-    return "; ".join(f"{ratio:.2f} ×" for ratio in ratios)
+def times(ratios: Iterable[float], noises: Iterable[float]) -> str:
+    """Ratios; one that may as well be chance is about 1."""
+    return "; ".join("≈ 1 ×" if abs(r - 1) <= noise else f"{r:.2f} ×" for r, noise in zip(ratios, noises, strict=True))
 
 
 # ---- rows
@@ -86,15 +87,22 @@ def workloads(results: Results) -> list[Row]:
     rows = []
     for (name, precision), group in itertools.groupby(found, key=lambda r: (r["workload"], r["precision"])):
         cases = list(group)
-        own = [case["variants"]["fastgan"] for case in cases]
+        own, noises = [case["variants"]["fastgan"] for case in cases], [case["noise"] for case in cases]
         sizes = "; ".join(str(case["batch"]) for case in cases)
         about = ", ".join(x for x in (cases[0]["about"], precision * (precision != "fp32"), f"batch {sizes}") if x)
         said = []
         if all(variant["eager_over_this"] for variant in own):
-            said.append(f"{times(v['eager_over_this'] for v in own)} as fast as the usual loop")
+            said.append(f"{times((v['eager_over_this'] for v in own), noises)} as fast as the usual loop")
         if all(variant["best_competitor_over_this"] for variant in own):
             names = "; ".join(dict.fromkeys(case["best_competitor"] for case in cases))
-            said.append(f"{times(v['best_competitor_over_this'] for v in own)} as the best other ({names})")
+            best = times((v["best_competitor_over_this"] for v in own), noises)
+            said.append(f"{best} as the best other ({names})")
+        if said:
+            said.append(f"± {'; '.join(f'{n:.0%}' for n in noises)}")
+        eager = [case["variants"].get("eager", {}).get("peak_bytes") for case in cases]
+        if all(eager) and all(v.get("peak_bytes") for v in own):
+            size = "; ".join(f"{v['peak_bytes'] / b:.2f}" for v, b in zip(own, eager, strict=True))
+            said.append(f"memory {size} of the usual loop's")
         rows.append((f"`{name}`: {about}", "; ".join(duration(v["median_us"]) for v in own), ", ".join(said)))
     return rows
 
@@ -104,7 +112,8 @@ def peers(results: Results) -> list[Row]:
     rows = []
     for name, peer in results.get("peers", {}).get("peers", {}).items():
         if peer["status"] == "ok":
-            result = f"{peer['peer_over_fastgan']:.2f} × as fast as `{name}`"
+            ratio = times([peer["peer_over_fastgan"]], [peer["noise"]])
+            result = f"{ratio} as fast as `{name}`, ± {peer['noise']:.0%}"
             rows.append((peer["about"], duration(peer["sides"]["fastgan"]["median_us"]), result))
     return rows
 
@@ -135,13 +144,6 @@ ROWS: tuple[Callable[[Results], list[Row]], ...] = (recipes, workloads, peers, m
 # ---- tables
 
 
-def noise(results: Results) -> str:
-    """The largest of the ratios that are quoted, as a part of the sentence above the table."""
-    found = [r["noise"] for r in benched(results) if quoted(r)]
-    found += [p["noise"] for p in results.get("peers", {}).get("peers", {}).values() if p["status"] == "ok"]
-    return f", ratios to ± {max(found):.0%} or better" if found else ""
-
-
 def machine(results: Results) -> str:
     """The machine and the version of torch that the results share; several where they do not."""
     said = [r["conditions"] for r in results.values() if "conditions" in r]
@@ -160,7 +162,7 @@ def table(results: Results, link: str) -> str:
     runs = "recipes as shipped, one run each; all else " if "recipes" in used else ""
     how = (
         f"Measured on {machine(used)}, fp32 where nothing else is said: {runs}interleaved with what it is compared "
-        f"with, medians{noise(used)}; the best other is the fastest of the same precision ([conditions, all variants, "
+        f"with, medians; the best other is the fastest of the same precision ([conditions, all variants, "
         f"autocast too]({link})):"
     )
     return "\n".join(

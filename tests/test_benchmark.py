@@ -90,6 +90,19 @@ def latents(n: int, generator: torch.Generator) -> torch.Tensor:
     return torch.rand(n, 4, generator=generator)
 
 
+def frozen() -> dict[str, Any]:
+    given = wgan_gp()
+    given["discriminator"][2].requires_grad_(False)
+    given["generator"][0].bias.requires_grad_(False)
+    return given
+
+
+def normalised() -> dict[str, Any]:
+    given = pair()
+    given["generator"].insert(1, nn.BatchNorm1d(16))
+    return {**given, "latent": 4, "ema": 0.9}
+
+
 KINDS: dict[str, Callable[[], dict[str, Any]]] = {
     "wgan-gp": wgan_gp,
     "clipped": lambda: wgan_gp(loss=fastgan.losses.get("wasserstein", clip=0.05), penalties=()),
@@ -101,6 +114,8 @@ KINDS: dict[str, Callable[[], dict[str, Any]]] = {
     "dropout": lambda: wgan_gp(**pair(dropout=0.5)),
     "labels": conditional,
     "packed": packed,
+    "frozen": frozen,
+    "batch norm": normalised,
     "given fakes": alone,
     "torch optimisers": with_torch_optimizers,
     "a function for latents": lambda: wgan_gp(latent=latents),
@@ -135,7 +150,7 @@ def test_every_kind_is_right_in_every_way(kind: str) -> None:
 
 
 @pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("kind", ["wgan-gp", "r1 and r2, relativistic", "labels"])
+@pytest.mark.parametrize("kind", ["wgan-gp", "r1 and r2, relativistic", "labels", "lazy r1", "frozen"])
 def test_compiled_forms_are_right(kind: str, traced: bool) -> None:
     of = case(kind)
     torch._dynamo.config.trace_autograd_ops = True
@@ -183,6 +198,28 @@ def other_generator(of: Case) -> Way:
     loop = way.keep
     loop.g_optimizer = torch.optim.Adam(loop.g.parameters(), 4e-4, (0.5, 0.999))
     return way
+
+
+def without_average(of: Case) -> Way:
+    way = by_hand(of)
+    way.keep.averaged.clear()
+    return way
+
+
+def without_statistics(of: Case) -> Way:
+    way = by_hand(of)
+    for net in way.networks:
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm1d):
+                m.momentum = 0.0
+    return way
+
+
+@pytest.mark.parametrize("make", [without_average, without_statistics])
+def test_what_follows_is_held_too(make: Callable[[Case], Way]) -> None:
+    of = case("batch norm")
+    assert Reference(of).hold(by_hand(of), "fp32").right
+    assert not Reference(of).hold(make(of), "fp32").right
 
 
 def nothing_finite(of: Case) -> Way:
@@ -379,7 +416,9 @@ def test_ratios_and_their_noise() -> None:
 
 def changed(result: dict[str, Any], **row: Any) -> dict[str, Any]:
     other = copy.deepcopy(result)
-    other["results"][0]["noise"] = result["results"][0]["noise"] = 0.05
+    for r in (other, result):
+        r["results"][0]["variants"]["fastgan"]["noise"] = 0.05
+        r["results"][0]["variants"]["eager again"]["eager_over_this"] = 1.01
     other["results"][0]["variants"]["fastgan"] |= row
     return other
 
@@ -390,6 +429,7 @@ def test_comparisons(result: dict[str, Any], tmp_path: Path, capsys: pytest.Capt
     for name, new, code, says in (
         ("same", changed(result, eager_over_this=ratio_now * 0.95), 0, "same"),
         ("slower", changed(result, eager_over_this=ratio_now * 0.85), 1, "slower"),
+        ("skipped", changed(result, status="skipped", reason="it is"), 1, "skipped"),
         ("faster", changed(result, eager_over_this=ratio_now * 1.2), 0, "faster"),
         ("machine", changed(result, median_us=1e9), 0, "same"),  # eager has slowed down as much
         ("wrong", changed(result, status="wrong", reason="it is"), 1, "wrong"),
@@ -443,6 +483,9 @@ def misspelt():
 
 def nothing():
     return None
+
+def raises():
+    1 / 0
 
 number = 3
 '''
@@ -502,6 +545,9 @@ def test_each_variant_in_a_process_of_its_own(own: str, capsys: pytest.CaptureFi
         (["--workload", "toy", "--precision", "fp8"], "precision: is 'fp8', expected auto, fp32, tf32, bf16"),
         (["--workload", "toy", "--device", "tpu"], "--device is 'tpu'"),
         (["--workload", "toy", "--json", "nowhere/out.json"], "nowhere/out.json: its folder does not exist"),
+        (["--workload", "toy", "--html", "."], ".: is a folder, expected a file"),
+        (["--workload", ":f"], "unknown workload ':f'"),
+        (["--workload", "my_networks:raises"], "raised ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -527,6 +573,17 @@ def test_what_is_done_is_kept_when_a_run_is_stopped(
     asked = ["bench", "--workload", f"{own}:pair", "--batch", "8,16", "--variant", "fastgan", "--rounds", "3"]
     assert main([*asked, "--seconds", "0.1", "--json", "out.json", "--quiet"]) == 130
     assert [r["batch"] for r in json.loads((tmp_path / "out.json").read_text())["results"]] == [8]
+
+
+def test_nothing_to_time(own: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["bench", "--workload", f"{own}:pair", "--batch", "8", "--variant", "CUDA graph", "--quiet"]
+    assert main([*asked, "--json", "out.json"]) == (0 if torch.cuda.is_available() else 1)
+    assert main(["bench", "--compare", "out.json", "out.json"]) == 0
+    capsys.readouterr()
+
+
+def test_all_variants_can_be_named() -> None:
+    assert command._variants(",".join(VARIANTS)) == VARIANTS
 
 
 def test_names(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import sys
 import threading
 import time
@@ -51,7 +52,9 @@ def sampled(device: torch.device, seconds: float = 0.1, interval_s: float = 0.01
 
 def test_the_process() -> None:
     with Sampler(CPU, 0.02) as s:
-        kept = torch.ones(1 << 23)  # 32 MiB
+        time.sleep(0.1)  # a sample before
+        kept = mmap.mmap(-1, 64 << 20)  # memory that nothing has used before
+        kept.write(bytes(64 << 20))
         end = time.process_time() + 0.2
         while time.process_time() < end:
             pass
@@ -61,7 +64,7 @@ def test_the_process() -> None:
     resident, cpu = result["series"]["resident_bytes"], result["series"]["process_cpu_percent"]
     assert len(resident) > 3
     assert [t for t, _ in resident] == sorted(t for t, _ in resident)
-    assert resident[-1][1] - resident[0][1] > kept.nbytes // 2
+    assert resident[-1][1] - resident[0][1] > len(kept) // 2
     assert result["series"]["threads"][-1][1] >= 2
     busy_s = sum((t - before) * v / 100 for (before, _), (t, v) in zip(resident, cpu, strict=False))
     assert 0.1 < busy_s < 10

@@ -182,7 +182,12 @@ class Loop:
         mixes = any(isinstance(m, _MIXES_ROWS) for m in self.d.modules())
         stacked = form.traced and not mixes and not self.plain.n_classes and self.plain.packed == 1
         self._objectives = [Objective(self.plain.loss, p, self.plain.packed, stacked) for p in self.phases]
-        self._d_grads = [self._compiled(partial(self._d_gradients, o)) for o in self._objectives]
+        self._d_used = [self._used(o) if form.compiled is not None else [] for o in self._objectives]
+        self._g_used = [] if self.g is None else [name for name, p in self.g.named_parameters() if p.requires_grad]
+        self._d_grads = [
+            self._compiled(partial(self._d_gradients, o, used))
+            for o, used in zip(self._objectives, self._d_used, strict=True)
+        ]
         self._g_grads = self._compiled(self._g_gradients)
 
     def _optimizer(self, net: nn.Module, asked: Any, lazy: float) -> torch.optim.Optimizer:
@@ -193,6 +198,18 @@ class Loop:
         options = {"fused": True, "capturable": True} if self.form.graph else {"fused": True} if self.form.fused else {}
         betas = (rule.betas[0] ** lazy, rule.betas[1] ** lazy)
         return kind(net.parameters(), rule.lr * lazy, betas, rule.eps, rule.weight_decay, **options)
+
+    def _used(self, objective: Objective) -> list[str]:
+        """Names of the discriminator's parameters that a phase gives a gradient: the others' optimiser step is none."""
+        named = {name: p for name, p in self.d.named_parameters() if p.requires_grad}
+        update, rows = self.draw(), slice(0, self.n)
+        labels = None if self.labels is None else self.labels[rows]
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            loss = objective.value(
+                self._critic(labels), slope, self.real[rows], self.real[rows].flip(0), update.alpha, update.delta
+            )  # fmt: skip
+            grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        return [name for name, g in zip(named, grads, strict=True) if g is not None]
 
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
@@ -244,13 +261,14 @@ class Loop:
         real, labels, fake = self._rows(k)
         if fake is None and self.form.compiled is None:  # a compiled form makes its own in one graph
             fake = self._fakes(update.z, labels)
-        for phase, grads, objective in zip(self.phases, self._d_grads, self._objectives, strict=True):
+        parts = zip(self.phases, self._d_grads, self._objectives, self._d_used, strict=True)
+        for phase, grads, objective, used in parts:
             if self.updates % phase.every:
                 continue
             if self.form.compiled is not None:
                 with torch.set_grad_enabled(self.form.traced):
                     found = grads(real, fake, labels, update.z, update.alpha, update.delta)
-                self._apply(self.d_optimizer, self.d, found)
+                self._apply(self.d_optimizer, self.d, used, found)
             else:
                 self.d_optimizer.zero_grad()
                 with self.reduced():
@@ -271,7 +289,7 @@ class Loop:
         if self.form.compiled is not None:
             with torch.set_grad_enabled(self.form.traced):
                 grads = self._g_grads(real, labels, update.z)
-            self._apply(self.g_optimizer, self.g, grads)
+            self._apply(self.g_optimizer, self.g, self._g_used, grads)
         else:
             self.g_optimizer.zero_grad()
             with self.reduced():
@@ -316,8 +334,8 @@ class Loop:
         return call
 
     def _d_gradients(
-        self, objective: Objective, real: Tensor, fake: Tensor | None, labels: Tensor | None, z: Tensor | None,
-        alpha: Tensor | None, delta: Tensor | None,
+        self, objective: Objective, used: list[str], real: Tensor, fake: Tensor | None, labels: Tensor | None,
+        z: Tensor | None, alpha: Tensor | None, delta: Tensor | None,
     ) -> Sequence[Tensor]:  # fmt: skip
         if fake is None:
             with torch.no_grad():
@@ -325,33 +343,37 @@ class Loop:
         if self.form.traced:
             with self.reduced():
                 loss = objective.value(self._critic(labels), slope, real, fake, alpha, delta)
-            return torch.autograd.grad(loss, list(self.d.parameters()))
+            return torch.autograd.grad(loss, _named(self.d, used))
 
         def value(params: dict[str, Tensor]) -> Tensor:
             with self.reduced():
-                critic = self._pure(self.d, params, labels)
+                critic = self._pure(self.d, _detached(self.d) | params, labels)
                 return objective.value(critic, slope_by_func, real, fake, alpha, delta)
 
-        return tuple(torch.func.grad(value)(_detached(self.d)).values())
+        return tuple(torch.func.grad(value)(_detached(self.d, used)).values())
 
     def _g_gradients(self, real: Tensor, labels: Tensor | None, z: Tensor | None) -> Sequence[Tensor]:
         assert self.g is not None
         if self.form.traced:
             with self.reduced():
                 loss = self._g_loss(self._critic(labels), real, self._call(self.g, z, labels))
-            return torch.autograd.grad(loss, list(self.g.parameters()))
+            return torch.autograd.grad(loss, _named(self.g, self._g_used))
         g = self.g
 
         def value(params: dict[str, Tensor]) -> Tensor:
             with self.reduced():
                 critic = self._pure(self.d, _detached(self.d), labels)
-                return self._g_loss(critic, real, self._pure(g, params, labels)(_given(z)))
+                return self._g_loss(critic, real, self._pure(g, _detached(g) | params, labels)(_given(z)))
 
-        return tuple(torch.func.grad(value)(_detached(g)).values())
+        return tuple(torch.func.grad(value)(_detached(g, self._g_used)).values())
 
     @torch.no_grad()
-    def _apply(self, optimizer: torch.optim.Optimizer, net: nn.Module, grads: Iterable[Tensor]) -> None:
-        for p, grad in zip(net.parameters(), grads, strict=True):
+    def _apply(
+        self, optimizer: torch.optim.Optimizer, net: nn.Module, used: list[str], grads: Iterable[Tensor]
+    ) -> None:  # fmt: skip
+        for p in net.parameters():
+            p.grad = None
+        for p, grad in zip(_named(net, used), grads, strict=True):
             p.grad = grad if grad.stride() == p.stride() else grad.contiguous()
         optimizer.step()
 
@@ -361,8 +383,15 @@ def _given(x: Tensor | None) -> Tensor:
     return x
 
 
-def _detached(net: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in net.named_parameters()}  # the same memory
+def _named(net: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
+    named = dict(net.named_parameters())
+    return [named[name] for name in names]
+
+
+def _detached(net: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The same memory."""
+    named = dict(net.named_parameters())
+    return {name: named[name].detach() for name in (named if names is None else names)}
 
 
 def _check(plain: Engine) -> None:

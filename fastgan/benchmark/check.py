@@ -103,9 +103,12 @@ class Reference:
             return plain_engine(case, dtype=dtype)
 
     def _distances(self, way: Way) -> tuple[float, float]:
-        """The larger of both players'."""
+        """The largest of both players', and of what follows them."""
         worst = (0.0, 0.0)
-        for mine, exact in zip(self._iterated(way), self.exact(), strict=True):
+        players = self._iterated(way)
+        if len(players) != len(self.exact()):
+            return math.inf, math.inf  # something that follows is not there
+        for mine, exact in zip(players, self.exact(), strict=True):
             if any(not torch.equal(a, b.to(a.dtype)) for a, b in zip(mine.start, exact.start, strict=True)):
                 return math.inf, math.inf  # from another start
             known = len(mine.moments) == len(exact.moments)
@@ -119,14 +122,15 @@ class Reference:
         dropouts = [(m, m.p) for m in modules if isinstance(m, nn.modules.dropout._DropoutNd)]
         for m, _ in dropouts:
             m.p = 0.0
-        start = [_copies(net.parameters()) for net in way.networks]
+        start, followers = [_copies(net.parameters()) for net in way.networks], [_copies(of) for of in way.followers]
         with way.precision():
             for i in range(self.iterations):
                 way.held(i)
         for m, p in dropouts:
             m.p = p
         after = [_copies(net.parameters()) for net in way.networks]
-        return [_Player(*parts) for parts in zip(start, after, map(_copies, way.moments()), strict=True)]
+        players = [_Player(*parts) for parts in zip(start, after, map(_copies, way.moments()), strict=True)]
+        return players + [_Player(was, _copies(of), []) for was, of in zip(followers, way.followers, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,9 @@ def _changed(case: str, name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -
 
 def _noise(result: Mapping[str, Any], row: Mapping[str, Any] | None) -> float:
     """Of a variant's ratio to eager, or how far eager is from its twin, if that is more."""
-    twin = result["variants"].get(f"{PLAIN}{TWIN}", {}).get("eager_over_this") or 1.0
-    return max(abs(twin - 1), (row or {}).get("noise") or 0.0)
+    twin: float = result["variants"].get(f"{PLAIN}{TWIN}", {}).get("eager_over_this") or 1.0
+    own: float = (row or {}).get("noise") or 0.0
+    return max(abs(twin - 1), own)
 
 
 def changes_table(changes: list[Change], before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

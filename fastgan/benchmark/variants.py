@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ class Way:
         held: iterations on the noise of :meth:`Case.drawn`, from the start: what is checked, and is what ``run`` does.
         networks: that are trained.
         moments: Adam's first, of each of them; empty where its optimiser has none.
+        followers: the generator's average, and running statistics of all networks, where there are such.
         generate: the generator's update alone, or ``None``.
         cost: of an iteration, where it is known.
         numbers: precision that it computes in.
@@ -44,6 +46,7 @@ class Way:
     held: Callable[[int], object]
     networks: Sequence[nn.Module]
     moments: Callable[[], list[list[Tensor]]]
+    followers: Sequence[Sequence[Tensor]] = ()
     generate: Callable[[], object] | None = None
     cost: Callable[[], Cost | None] = lambda: None
     numbers: str = "fp32"
@@ -88,12 +91,18 @@ def by_hand(case: Case, form: Form = PLAIN, dtype: torch.dtype | None = None) ->
     def generate() -> None:
         loop.g_update(loop.draw(generator=True))
 
-    way = Way(loop.iterate, held, loop.networks, moments, None if loop.g is None else generate, keep=loop)
+    followers = _followers(loop.averaged, loop.networks)
+    way = Way(loop.iterate, held, loop.networks, moments, followers, None if loop.g is None else generate, keep=loop)
     way.precision = loop.precision
     way.numbers = "bf16" if form.amp else case.precision
     if form.compiled is None:
         way.cost = lambda: costs.measured(loop.iterate)
     return _as_graph(way, loop, case) if form.graph else way
+
+
+def _followers(average: Sequence[Tensor], networks: Iterable[nn.Module]) -> list[list[Tensor]]:
+    statistics = [b for net in networks for b in net.buffers() if b.is_floating_point()]
+    return [of for of in (list(average), statistics) if of]
 
 
 def _cast(drawn: Drawn, dtype: torch.dtype) -> Drawn:
@@ -106,11 +115,12 @@ def _cast(drawn: Drawn, dtype: torch.dtype) -> Drawn:
 
 def _as_graph(way: Way, loop: Loop, case: Case) -> Way:
     """The way as replays of one graph that draws its noise, checked by another one on given noise."""
-    start = [p.detach().clone() for p in way.parameters]
+    kept = [*way.parameters, *itertools.chain.from_iterable(way.followers)]
+    start = [t.detach().clone() for t in kept]
     places = _cast(case.drawn(0), loop.dtype)
     with loop.precision():
         alone, replayed = _graphs([partial(loop.iterate, places), loop.iterate], case.device)
-    _reset(way, start, [o for o in (loop.g_optimizer, loop.d_optimizer) if o is not None])
+    _reset(kept, start, [o for o in (loop.g_optimizer, loop.d_optimizer) if o is not None])
 
     def held(iteration: int) -> None:
         flat = [[*drawn[0], drawn[1]] for drawn in (places, _cast(case.drawn(iteration), loop.dtype))]
@@ -145,10 +155,10 @@ def _graphs(runs: Sequence[Callable[[], object]], device: torch.device) -> list[
 
 
 @torch.no_grad()
-def _reset(way: Way, start: Sequence[Tensor], optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Parameters and Adam's state, in place, to what they were before warm-up."""
-    for p, value in zip(way.parameters, start, strict=True):
-        p.copy_(value)
+def _reset(kept: Sequence[Tensor], start: Sequence[Tensor], optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Parameters, what follows them and Adam's state, in place, to what they were before warm-up."""
+    for t, value in zip(kept, start, strict=True):
+        t.copy_(value)
     for optimizer in optimizers:
         for state in optimizer.state.values():
             for value in state.values():
@@ -185,7 +195,9 @@ def by_engine(
         return [[one["exp_avg"] for one in o["state"].values() if "exp_avg" in one] for o in optimizers]
 
     networks = [n for n in (engine.generator, engine.discriminator) if n is not None]
-    way = Way(run, lambda iteration: run(), networks, moments, graph=recorded, keep=engine)
+    averaged = [] if engine.generator_ema is None else list(engine.generator_ema.parameters())
+    followers = _followers(averaged, networks)
+    way = Way(run, lambda iteration: run(), networks, moments, followers, graph=recorded, keep=engine)
     way.numbers = case.precision
     if engine.generator is not None and recorded is None:  # a recording holds both players' updates
         compared = real[-case.batch :] if engine.loss.compares else None
@@ -225,8 +237,8 @@ VARIANTS: Mapping[str, Make] = {
     "eager": eager,
     "eager again": eager,
     "eager + AMP": lambda case: by_hand(case, Form(amp=True)),
-    "compiled": partial(compiled + traced=False),
-    "compiled + traced": partial(compiled + traced=True),
+    "compiled": partial(compiled, traced=False),
+    "compiled + traced": partial(compiled, traced=True),
     "CUDA graph": graphed,
     "fastgan reference": plain_engine,
     "fastgan": by_engine,
