@@ -144,6 +144,30 @@ def test_updates_by_hand_and_whole_runs_are_iterations() -> None:
     assert e.iterations == 70
 
 
+def test_images_are_those_that_were_shown() -> None:
+    e = engine()
+
+    def by_hand() -> None:
+        for n in (4, 16, 16, 16, 16):  # as n_critic does not say, with a short batch
+            e.d_step(torch.randn(n, 8))
+        e.g_step()
+        e.step(iter([torch.randn(16, 8)] * 2))
+
+    result = profiled(e, by_hand, 20).result
+    assert result["run"]["iterations"] == 40
+    assert result["run"]["batch"] == 16
+    assert result["run"]["images_per_iteration"] == (68 + 32) / 2
+    short = [torch.randn(n, 8) for n in (16, 16, 2)]
+    e = engine(n_critic=1)
+    p = profiled(e, lambda: [e.step(x) for x in short], 10)
+    assert p.result["run"]["batch"] == 16
+    assert p.result["run"]["images_per_iteration"] == pytest.approx(34 / 3)
+    seconds = p._plain[0] / 1e9
+    assert p.result["iteration"]["seconds_per_kimg"] == pytest.approx(seconds / (p._plain[2] / 1000))
+    assert 2 * p._plain[1] <= p._plain[2] <= 16 * p._plain[1]
+    assert p._plain[2] % 2 == 0
+
+
 def test_lazy_penalties_are_covered_by_whole_periods() -> None:
     e, batches = engine(penalties=[R1(1.0, interval=4)], n_critic=1), feed()
     result = profiled(e, lambda: e.step(batches), 60).result

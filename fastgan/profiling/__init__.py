@@ -124,10 +124,12 @@ class Profile:
             raise InputError("profile: another profile is running")
         engine, device = self.engine, self.engine.device
         self._durations: dict[bool, list[float]] = {False: [], True: []}  # nanoseconds per iteration; timed ones?
-        self._plain, self._timed = [0.0, 0], [0.0, 0]  # nanoseconds and iterations
+        self._plain, self._timed = [0.0, 0, 0], [0.0, 0, 0]  # nanoseconds, iterations and real images
         self._times: defaultdict[str, int] = defaultdict(int)
         self._calls: Counter[str] = Counter()
-        self._watched = self._traced = self._seen = 0
+        self._watched = self._traced = self._seen = self._shown = 0
+        self._images = engine.images  # at the end of the last iteration
+        self._batches: Counter[int] = Counter()
         self._waits: Counter[tuple[str, Place]] = Counter()
         self._traced_ns = 0.0
         self._events = self._result = None
@@ -162,6 +164,9 @@ class Profile:
     def _advance(self, iterations: int) -> None:
         """So many iterations have ended."""
         self._seen += iterations
+        self._batches[self.engine.batch] += iterations
+        self._shown += self.engine.images - self._images
+        self._images = self.engine.images
         with contextlib.suppress(StopIteration):
             self._stages.send(iterations)
 
@@ -210,22 +215,23 @@ class Profile:
         with self._lines.looking() if timed else contextlib.nullcontext():
             wait(self.engine.device)
             recorder.measure("time" if timed else "off")
-            begun, done = recorder.begun, 0
+            begun, done, shown = recorder.begun, 0, self._shown
             while done < iterations:
                 count = yield
                 done += count
                 if not on_gpu:
-                    self._note(timed, recorder.ended - recorder.begun, count)
+                    self._note(timed, recorder.ended - recorder.begun, count, self._shown - shown)
+                    shown = self._shown
                     recorder.resume()
             if on_gpu:  # the host runs ahead: only the end of a block is known
                 wait(self.engine.device)
-                self._note(timed, time.perf_counter_ns() - begun, done)
+                self._note(timed, time.perf_counter_ns() - begun, done, self._shown - shown)
             recorder.measure("off")
 
-    def _note(self, timed: bool, ns: int, iterations: int) -> None:
+    def _note(self, timed: bool, ns: int, iterations: int, images: int) -> None:
         """So many iterations took so long."""
         total = self._timed if timed else self._plain
-        total[0], total[1] = total[0] + ns, total[1] + iterations
+        total[:] = total[0] + ns, total[1] + iterations, total[2] + images
         self._durations[timed].append(ns / iterations)
         times, calls = self._recorder.take()
         for phase, spent in times.items():
@@ -263,25 +269,25 @@ class Profile:
 
         engine = self.engine
         events: list[dict[str, Any]] = json.loads(self._events)["traceEvents"] if self._events else []
-        images = engine.n_critic * engine.batch
+        images, batch = self._shown / self._seen, self._batches.most_common(1)[0][0]
         mean_us = self._plain[0] / self._plain[1] / 1e3
         p20, median, p80 = (np.percentile(self._durations[False], (20, 50, 80)) / 1e3).tolist()
         profiled = statistics.median(self._durations[True]) / 1e3
         samples = self._sampler.result()
         phases, launches = self._phases(events, mean_us)
-        samples["energy_j_per_kimg"] = self._energy(samples, images)
+        samples["energy_j_per_kimg"] = self._energy(samples)
         result: dict[str, Any] = {
             "schema": SCHEMA,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": self.command,
             "conditions": conditions(engine.device),
             "run": {
-                "what": self.what, "batch": engine.batch, "n_critic": engine.n_critic, "precision": engine.precision,
-                "iterations": self._seen, "images_per_iteration": images,
+                "what": self.what, "batch": batch, "n_critic": engine.n_critic, "precision": engine.precision,
+                "iterations": self._seen, "images_per_iteration": int(images) if images.is_integer() else images,
             },
             "iteration": {
                 "median_us": median, "p20_us": p20, "p80_us": p80, "iterations_per_second": 1e6 / mean_us,
-                "seconds_per_kimg": mean_us / 1e3 / images,
+                "seconds_per_kimg": self._plain[0] / 1e6 / self._plain[2],
             },
             "phases": phases,
             "operators": self._operators(events, mean_us),
@@ -402,9 +408,9 @@ class Profile:
         temporaries = trace.peak_of_temporaries(events)
         return {"categories": memory.categories(self.engine, temporaries), "peak_bytes": peak, "timeline": timeline}
 
-    def _energy(self, samples: dict[str, Any], images: int) -> float | None:
+    def _energy(self, samples: dict[str, Any]) -> float | None:
         joule = samples.get("energy_j")
-        return None if joule is None or not self._seen else joule / (self._seen * images / 1000)
+        return None if joule is None or not self._shown else joule / (self._shown / 1000)
 
 
 def _short(place: Place) -> str:
