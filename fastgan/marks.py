@@ -56,7 +56,10 @@ _NOTHING = contextlib.nullcontext()
 
 
 def mark(phase: str) -> contextlib.AbstractContextManager[object]:
-    """A context for work of one phase, of :data:`PHASES`; also for a loop of the user's own: ``with mark("data"):``."""
+    """A context for work of one phase; also for a loop of the user's own: ``with mark("data"):``.
+
+    Names that are not in :data:`PHASES` count as ``"other"``.
+    """
     return _NOTHING if listener is None else listener.mark(phase)
 
 

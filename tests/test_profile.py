@@ -6,7 +6,9 @@ import copy
 import json
 import os
 import sys
+import threading
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +29,7 @@ from fastgan.penalties import R1, GradientPenalty
 from fastgan.plan import Plan
 from fastgan.profiling import findings, trace
 from fastgan.profiling.findings import find
-from fastgan.profiling.recorder import name_of
+from fastgan.profiling.recorder import Lines, name_of
 
 Tensor = torch.Tensor
 HERE = os.path.relpath(__file__)
@@ -191,6 +193,19 @@ def test_another_engine_is_the_users_loop() -> None:
     assert result["run"]["iterations"] == 30
     shares = {row["phase"]: row["share"] for row in result["phases"]}
     assert shares["your loop"] > 0.2
+
+
+def test_a_phase_of_the_users_own_is_other() -> None:
+    e, batches = engine(), feed()
+
+    def step() -> None:
+        e.step(batches)
+        with marks.mark("augmentation"):
+            time.sleep(0.005)
+
+    phases = {row["phase"]: row["share"] for row in profiled(e, step, 20).result["phases"]}
+    assert sum(phases.values()) == pytest.approx(1)
+    assert phases["other"] > 0.3
 
 
 # ---- what is planted is found
@@ -367,6 +382,22 @@ def test_one_at_a_time_and_enough_iterations() -> None:
 def test_a_mark_without_a_listener_is_nothing() -> None:
     assert marks.mark("data") is marks.mark("copy")
     assert fastgan.Engine.step.__name__ == "step"
+
+
+def test_looking_at_the_stack_keeps_nothing() -> None:
+    lines = Lines(SimpleNamespace(thread=threading.get_ident(), phase="data"))  # type: ignore[arg-type]
+
+    def work() -> weakref.ref[Tensor]:
+        x = torch.ones(3)
+        end = time.monotonic() + 20
+        while not lines.seconds:
+            assert time.monotonic() < end
+        lines._active.clear()
+        time.sleep(0.05)  # the last look is over
+        return weakref.ref(x)
+
+    with lines, lines.looking():
+        assert work()() is None
 
 
 # ---- what is written

@@ -29,6 +29,7 @@ _READERS = (f"{FASTGAN}/data/", f"{_TORCH}/utils/data/")
 _LIBRARIES = tuple({sysconfig.get_paths()[k] for k in ("stdlib", "platstdlib", "purelib", "platlib")})
 _WATCHING = tuple(f"{FASTGAN}/{name}" for name in ("profiling/", "graphs.py", "costs.py", "marks.py"))
 _LOOPS = tuple(f"{FASTGAN}/{name}.py" for name in ("cli", "trainer", "__main__"))  # not a loop of the user's
+_PHASES = frozenset(marks.PHASES)
 _NOTHING = contextlib.nullcontext()
 _NATIVE = ("noise", "optimiser")  # one call each, which is no torch op where it is native
 _READS = ("metrics", "history")  # methods of an engine that wait
@@ -97,7 +98,7 @@ class Recorder:
     def mark(self, phase: str) -> contextlib.AbstractContextManager[object]:
         if self.level == "off" or self._foreign or threading.get_ident() != self.thread or self.phase == phase:
             return _NOTHING
-        return _Range(self, phase)
+        return _Range(self, phase if phase in _PHASES else "other")
 
     @contextlib.contextmanager
     def entry(self, engine: Any, method: str) -> Iterator[None]:
@@ -329,6 +330,8 @@ class Lines:
             phase, now = self.recorder.phase, time.perf_counter()
             spent, last = now - max(last, self._begun), now  # the interpreter may have been held by a long call
             if not self._active.is_set():
+                del frame
                 continue
             place, reads, own = locate(frame)
+            del frame  # until the next look it would keep the loop's tensors
             self.seconds[place if reads or not own else None, phase, reads] += spent
