@@ -671,12 +671,26 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["run"]["what"] == "recipe wgan-gp"
 
 
+def test_the_text_comes_before_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastgan.pictures.write_whole", full)
+    assert main(["profile", "--iterations", "10", "--json", str(tmp_path / "a.json"), *SMALL]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("recipe wgan-gp")
+    assert err.endswith("a.json: cannot be written: No space left on device\n")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--iterations", "3"], "--iterations: 3, expected at least 7"),
         (["--recipe", "nothing"], "nothing"),
         (["--json", "no/where.json"], "--json: no/where.json: its folder does not exist"),
+        (["--html", "."], "--html: .: is a folder, expected a file"),
         (["--threads", "0"], "--threads: 0, expected 1"),
         (["--batch", "0"], "batch"),
     ],

@@ -34,6 +34,8 @@ def main(args: Namespace, default: str, overrides: Mapping[str, tuple[str, Any]]
         path = getattr(args, name)
         if path not in (None, "-") and not Path(path).parent.is_dir():
             raise InputError(f"--{name}: {path}: its folder does not exist")
+        if path not in (None, "-") and Path(path).is_dir():
+            raise InputError(f"--{name}: {path}: is a folder, expected a file")
     recipe = load_recipe(args.recipe or default, overrides)
     torch.manual_seed(recipe.seed)  # what dropout draws from
     trainer = Trainer.from_recipe(recipe, device=args.device, progress="none")
@@ -54,6 +56,6 @@ def main(args: Namespace, default: str, overrides: Mapping[str, tuple[str, Any]]
             count = min(at_once, args.iterations - made) if args.iterations else at_once
             trainer.engine.run(trainer.feed, count)
             made += count
+    print(as_json(p.result) if args.json == "-" else p, flush=True)
     p.write(json=None if args.json == "-" else args.json, html=args.html, trace=args.trace)
-    print(as_json(p.result) if args.json == "-" else p)
     return 0
