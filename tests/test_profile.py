@@ -497,9 +497,9 @@ def made_up(**shares: float) -> dict[str, Any]:
 
 ABOUT = {
     "device": "cpu", "autograd": {}, "why_updates": None, "why_unrecorded": None, "optimisers": {}, "threads": 2,
-    "cores": 2, "memory_limit": 1000, "resident": False, "op_us": 1.0,
+    "cores": 2, "memory_limit": 1000, "resident": False, "op_us": 1.0, "recorded": False, "kernels_seen": False,
 }  # fmt: skip
-CUDA = {**ABOUT, "device": "cuda"}
+CUDA = {**ABOUT, "device": "cuda", "kernels_seen": True}
 
 
 def test_nothing_stands_out() -> None:
@@ -515,8 +515,10 @@ def test_nothing_stands_out() -> None:
         (findings.own_loop, made_up(your_loop=0.2), ABOUT, "20% of the time your own loop runs. 200 us"),
         (findings.through_autograd, made_up(D_forward=0.3, D_backward=0.3),
          {**ABOUT, "autograd": {"discriminator": "layer 'x' is odd"}}, "The discriminator runs 60% layer 'x' is odd"),
-        (findings.not_recorded, made_up(), {**CUDA, "why_unrecorded": "f.py:3 reads"}, "not recorded f.py:3 reads"),
-        (findings.not_recorded, made_up(), {**CUDA, "why_updates": "backend"}, "not one list of kernels backend"),
+        (findings.not_recorded, made_up(), {**CUDA, "why_unrecorded": "f.py:3 reads"},
+         "not recorded f.py:3 reads idle for 1 ms mathematics does not need it"),
+        (findings.not_recorded, made_up(), {**CUDA, "why_updates": "backend"},
+         "not one list of kernels backend idle has no kernel"),
         (findings.foreign_optimiser, made_up(optimiser=0.3), {**ABOUT, "optimisers": {"generator": "SGD"}},
          "30% torch's SGD for the generator 300 us"),
         (findings.idle_between_kernels, made_up(G_forward=0.5), CUDA, "idle for 50% 10 launches 500 us"),
@@ -542,6 +544,23 @@ def test_a_rule_says_what_it_is_about(
         assert at >= 0, (word, text)
     assert set(found) == {"title", "us", "share", "evidence", "advice"}
     assert rule(made_up(D_forward=0.98), {**ABOUT, "device": about["device"]}) is None
+
+
+def test_a_graph_is_not_bound_by_launches() -> None:
+    result, about = made_up(G_forward=0.03, D_forward=0.37), {**CUDA, "op_us": 20.0}
+    assert findings.launch_bound(result, about) is not None
+    assert findings.launch_bound(result, {**about, "recorded": True}) is None
+    e, batches = engine(), feed()
+    e.step(batches)
+    assert findings.facts(e)["recorded"] is False
+
+
+def test_an_idle_gpu_is_one_whose_kernels_were_seen() -> None:
+    unseen = {**CUDA, "kernels_seen": False}
+    assert findings.idle_between_kernels(made_up(), CUDA) is not None
+    assert findings.idle_between_kernels(made_up(), unseen) is None
+    (found,) = find(made_up(), {**unseen, "why_updates": "x is odd"})
+    assert "idle" not in found["evidence"]
 
 
 def test_findings_are_in_the_order_of_their_costs() -> None:
@@ -605,6 +624,10 @@ def test_a_gpus_phases_are_its_kernels_and_what_the_host_did_while_it_was_idle()
         ("data", 20, None), ("chain", 30, 1), ("optimiser", 10, None), ("host gap", 40, None)
     ]  # fmt: skip
     assert sum(row["share"] for row in phases) == pytest.approx(1)
+    assert p._kernels_seen
+    phases, _ = p._phases([e for e in events if e["cat"] != "kernel"], 100.0)  # as where CUPTI is not permitted
+    assert [(row["phase"], row["us"]) for row in phases] == [("data", 20), ("chain", 90), ("host gap", 0)]
+    assert not p._kernels_seen
 
 
 @pytest.mark.interpreted

@@ -130,6 +130,7 @@ class Profile:
         self._watched = self._traced = self._seen = self._shown = 0
         self._images = engine.images  # at the end of the last iteration
         self._batches: Counter[int] = Counter()
+        self._kernels_seen = False
         self._waits: Counter[tuple[str, Place]] = Counter()
         self._traced_ns = 0.0
         self._events = self._result = None
@@ -275,6 +276,9 @@ class Profile:
         profiled = statistics.median(self._durations[True]) / 1e3
         samples = self._sampler.result()
         phases, launches = self._phases(events, mean_us)
+        if engine.device.type == "cuda" and not self._kernels_seen:
+            why = "the trace has none of the GPU" if self._traced else "the loop ended before a trace"
+            samples["missing"].append(f"kernels: {why}, so that phases and the host gap are the host's time")
         samples["energy_j_per_kimg"] = self._energy(samples)
         result: dict[str, Any] = {
             "schema": SCHEMA,
@@ -298,7 +302,7 @@ class Profile:
             "samples": samples,
             "profiler_cost": {"share": profiled / median - 1, "plain_us": median, "profiled_us": profiled},
         }  # fmt: skip
-        result["findings"] = findings.find(result, findings.facts(engine))
+        result["findings"] = findings.find(result, {**findings.facts(engine), "kernels_seen": self._kernels_seen})
         return result
 
     def _phases(self, events: list[dict[str, Any]], mean_us: float) -> tuple[list[dict[str, Any]], float]:
@@ -312,6 +316,8 @@ class Profile:
         if self.engine.device.type == "cuda" and self._traced:
             recorded, of_graph = self._recorded()
             found = trace.on_device(events, marks.PHASES, recorded)
+            self._kernels_seen = found.launches > 0
+        if self._kernels_seen:
             us = {phase: spent / self._traced for phase, (spent, _) in found.by_phase.items()}
             calls = {phase: number / self._traced for phase, (_, number) in found.by_phase.items()}
             waits = {k: host[k] for k in ("data", "your loop", "metrics") if k in host}

@@ -34,9 +34,9 @@ def facts(engine: Any) -> dict[str, Any]:
 
     Returns:
         ``device`` (its type), ``autograd`` (why, by player), ``why_updates`` and ``why_unrecorded`` (of the iteration
-        on kernels and of its graph, or ``None``), ``optimisers`` (those that are not the engine's, by player),
-        ``threads``, ``cores``, ``memory_limit`` (bytes of the device, or ``None``), ``resident`` (whether batches are
-        made on the device) and ``op_us`` (an op on one number).
+        on kernels and of its graph, or ``None``), ``recorded`` (whether it is replayed as a graph), ``optimisers``
+        (those that are not the engine's, by player), ``threads``, ``cores``, ``memory_limit`` (bytes of the device, or
+        ``None``), ``resident`` (whether batches are made on the device) and ``op_us`` (an op on one number).
     """
     planner, executor = engine._plans(), engine._executor
     reasons: dict[str, str] = {}
@@ -53,6 +53,7 @@ def facts(engine: Any) -> dict[str, Any]:
         "autograd": reasons,
         "why_updates": variant.why_updates if variant is not None and engine.kernels else None,
         "why_unrecorded": variant.why_unrecorded if variant is not None and asked else None,
+        "recorded": variant is not None and variant.recording is not None,
         "optimisers": others,
         "threads": torch.get_num_threads(),
         "cores": machine.cores() or 1,
@@ -80,7 +81,12 @@ def _memory_limit(device: torch.device) -> int | None:
 
 
 def find(result: Result, about: Facts) -> list[Finding]:
-    """All that is worth saying, the most costly first."""
+    """All that is worth saying, the most costly first.
+
+    Args:
+        result: of the profile.
+        about: what :func:`facts` says, and ``kernels_seen``: whether the phases are those of a GPU's kernels.
+    """
     found = [finding for rule in RULES if (finding := rule(result, about)) is not None]
     return sorted(found, key=lambda f: -f["us"])
 
@@ -217,15 +223,17 @@ def through_autograd(result: Result, about: Facts) -> Finding | None:
 
 def not_recorded(result: Result, about: Facts) -> Finding | None:
     """A GPU's iterations without a graph, or not as one list of launches."""
-    why = about["why_unrecorded"] or about["why_updates"]
+    unrecorded, why = about["why_unrecorded"], about["why_unrecorded"] or about["why_updates"]
     if why is None:
         return None
     us, share = _phase(result, "host gap")
-    what = "is not recorded as a CUDA graph" if about["why_unrecorded"] else "is not one list of kernels"
-    return _finding(
-        f"The iteration {what}.", us, share, f"The reason: {why}. The device is idle for {duration(us)} of each.",
-        "remove what is named there; nothing of it is needed for the mathematics.",
+    idle = f" The device is idle for {duration(us)} of each." if about["kernels_seen"] else ""
+    what = "is not recorded as a CUDA graph" if unrecorded else "is not one list of kernels"
+    advice = (
+        "remove what is named there: the mathematics does not need it." if unrecorded else
+        "torch ops run where a part has no kernel; replace what is named there, or keep it where the network needs it."
     )  # fmt: skip
+    return _finding(f"The iteration {what}.", us, share, f"The reason: {why}.{idle}", advice)
 
 
 def foreign_optimiser(result: Result, about: Facts) -> Finding | None:
@@ -244,7 +252,7 @@ def foreign_optimiser(result: Result, about: Facts) -> Finding | None:
 def idle_between_kernels(result: Result, about: Facts) -> Finding | None:
     """A GPU that waits for the host's launches."""
     us, share = _phase(result, "host gap")
-    if about["device"] != "cuda" or share < 0.1 or about["why_unrecorded"]:
+    if not about["kernels_seen"] or share < 0.1 or about["why_unrecorded"]:
         return None
     launches = result["launches_per_iteration"]
     return _finding(
@@ -259,7 +267,7 @@ def launch_bound(result: Result, about: Facts) -> Finding | None:
     """Many short calls."""
     us, share = _phase(result, *_COMPUTING)
     launches, op_us = result["launches_per_iteration"], about["op_us"]
-    if not launches or us > _SMALL * launches * op_us or share < 0.2:
+    if about["recorded"] or not launches or us > _SMALL * launches * op_us or share < 0.2:
         return None
     batch, bound_us = result["run"]["batch"], min(us, launches * op_us)
     return _finding(
