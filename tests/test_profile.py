@@ -657,9 +657,17 @@ def test_operators_have_their_own_time() -> None:
 
 
 def test_the_peak_is_of_what_is_held_at_once() -> None:
-    sizes = [100, 50, -100, 30, -50, -30]
-    events = [{"ph": "i", "name": "[memory]", "ts": i, "args": {"Bytes": n}} for i, n in enumerate(sizes)]
+    def memory(rows: list[tuple[int, int]], device: int) -> list[dict[str, Any]]:
+        return [
+            {"ph": "i", "name": "[memory]", "ts": i, "args": {"Bytes": n, "Addr": at, "Device Type": device}}
+            for i, (n, at) in enumerate(rows)
+        ]
+
+    before = [(-500, 9), (-70, 8)]
+    events = memory([*before, (100, 1), (50, 2), (-100, 1), (-900, 7), (30, 1), (-50, 2), (-30, 1)], 0)
+    events += memory([(1000, 1), (-1000, 1), (-10, 2), (2000, 2)], 1)
     assert trace.peak_of_temporaries(reversed(events)) == 150
+    assert trace.peak_of_temporaries(events, on_gpu=True) == 2000
 
 
 def test_calls_have_names() -> None:

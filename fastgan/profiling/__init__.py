@@ -411,7 +411,7 @@ class Profile:
             unit = 1 if sys.platform == "darwin" else 1024
             whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
             peak = max((int(v) for _, v in timeline), default=whole)
-        temporaries = trace.peak_of_temporaries(events)
+        temporaries = trace.peak_of_temporaries(events, device.type == "cuda")
         return {"categories": memory.categories(self.engine, temporaries), "peak_bytes": peak, "timeline": timeline}
 
     def _energy(self, samples: dict[str, Any]) -> float | None:

@@ -17,6 +17,7 @@ Kernel = tuple[str, float, float]  # name, start and duration in microseconds
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _ON_HOST = ("cpu_op", "user_annotation")
 _RUNTIME = ("cuda_runtime", "cuda_driver")
+_CUDA = 1  # "Device Type" of memory
 
 
 def spans(events: Iterable[Event], *categories: str) -> list[Event]:
@@ -45,13 +46,18 @@ def operators(events: Sequence[Event], phases: Sequence[str]) -> list[tuple[str,
     return sorted(rows, key=lambda row: -row[1])
 
 
-def peak_of_temporaries(events: Iterable[Event]) -> int:
-    """The most bytes that were held at once of all that was allocated within the trace."""
+def peak_of_temporaries(events: Iterable[Event], on_gpu: bool = False) -> int:
+    """The most bytes of one device's memory that were held at once of all that was allocated within the trace."""
+    rows = [e for e in events if e.get("name") == "[memory]" and (e["args"]["Device Type"] == _CUDA) == on_gpu]
+    sizes: dict[int, int] = {}  # by address; what is not there was allocated before
     held = peak = 0
-    rows = [e for e in events if e.get("name") == "[memory]"]
     for e in sorted(rows, key=lambda e: e["ts"]):
-        held += int(e["args"]["Bytes"])
-        peak = max(peak, held)
+        at, size = e["args"]["Addr"], int(e["args"]["Bytes"])
+        held -= sizes.pop(at, 0)
+        if size > 0:
+            sizes[at] = size
+            held += size
+            peak = max(peak, held)
     return peak
 
 
