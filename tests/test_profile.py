@@ -170,6 +170,27 @@ def test_images_are_those_that_were_shown() -> None:
     assert p._plain[2] % 2 == 0
 
 
+def test_a_critic_trained_alone() -> None:
+    e, batches = engine(), feed()
+    p = profiled(e, lambda: e.d_step(next(batches)), 120)
+    assert p.result["run"]["iterations"] == 60
+    assert p.result["run"]["images_per_iteration"] == 32
+    assert p._plain[2] == 32 * p._plain[1]
+    with fastgan.profile(e) as p:  # before the generator has its turn
+        for _ in range(60):
+            e.d_step(next(batches))
+        for _ in range(20):
+            e.step(batches)
+    assert p.result["run"]["iterations"] == 30 + 20
+
+
+def test_a_loop_in_another_thread_is_said_to_be() -> None:
+    e, batches = engine(), feed()
+    thread = threading.Thread(target=lambda: [e.step(batches) for _ in range(10)])
+    with pytest.raises(fastgan.InputError, match="made 0 iterations in the thread that entered it, and others in ano"):
+        profiled(e, lambda: (thread.start(), thread.join()), 1)
+
+
 def test_lazy_penalties_are_covered_by_whole_periods() -> None:
     e, batches = engine(penalties=[R1(1.0, interval=4)], n_critic=1), feed()
     result = profiled(e, lambda: e.step(batches), 60).result

@@ -155,7 +155,10 @@ class Profile:
         self._stack.close()
         if kind is None:
             if not self._timed[1]:
-                raise InputError(f"profile: the loop made {self._seen} iterations, expected at least {self.least}")
+                where = " in the thread that entered it, and others in another thread" * self._recorder.elsewhere
+                raise InputError(
+                    f"profile: the loop made {self._seen} iterations{where}, expected at least {self.least}"
+                )
             self._result = self._make()
 
     @staticmethod
@@ -444,11 +447,11 @@ def profile(
 ) -> Profile:  # fmt: skip
     """Profile a training loop: ``with fastgan.profile(engine) as p:`` around it, then ``print(p)``.
 
-    Iterations are those of ``engine.step``, ``engine.run``, or ``d_step`` … ``g_step`` by hand; they train as they do
-    without it, to the bit. Seven are needed at least, a few seconds' worth give steadier figures; after a minute the
-    loop runs on unwatched. Time within a feed, and in data sets and loaders between steps, is "data", other time
-    between steps "your loop"; lines are found by looking at the stack every 10 ms. One profile runs at a time, and sees
-    its own thread.
+    Iterations are those of ``engine.step``, ``engine.run``, or ``d_step`` … ``g_step`` by hand, where no ``g_step``
+    comes ``n_critic`` updates each; they train as they do without it, to the bit. Seven are needed at least, a few
+    seconds' worth give steadier figures; after a minute the loop runs on unwatched. Time within a feed, and in data
+    sets and loaders between steps, is "data", other time between steps "your loop"; lines are found by looking at the
+    stack every 10 ms. One profile runs at a time, and sees its own thread.
 
     Args:
         engine: what is trained in the loop.

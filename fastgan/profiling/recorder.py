@@ -31,6 +31,7 @@ _WATCHING = tuple(f"{FASTGAN}/{name}" for name in ("profiling/", "graphs.py", "c
 _LOOPS = tuple(f"{FASTGAN}/{name}.py" for name in ("cli", "trainer", "__main__"))  # not a loop of the user's
 _PHASES = frozenset(marks.PHASES)
 _NOTHING = contextlib.nullcontext()
+_ALONE = 24  # iterations' worth of critic updates without a generator's, from which the critic is trained alone
 _NATIVE = ("noise", "optimiser")  # one call each, which is no torch op where it is native
 _READS = ("metrics", "history")  # methods of an engine that wait
 
@@ -66,6 +67,7 @@ class Recorder:
         calls: by phase since then.
         costs: launches, FLOPs and bytes by phase.
         reads: calls of ``metrics`` and ``history`` by the user's line.
+        elsewhere: whether another thread has called the engine.
         begun, ended: of the last iteration, nanoseconds; it begins when the one before it has been dealt with.
     """
 
@@ -82,7 +84,10 @@ class Recorder:
         self._launched: list[int] = []  # in the phases that are open, before they began
         self._ranges: list[Any] = []
         self._methods: list[str] = []
-        self._counted = engine.iterations
+        self.elsewhere = False
+        self._before = engine.d_updates, engine.g_updates
+        self._critic_alone = False
+        self._counted = self._made()
         self._foreign = 0  # another engine's methods that are open
         self.begun = self.ended = self._since = 0
         self._seen = (0, 0, 0)
@@ -92,6 +97,17 @@ class Recorder:
     def phase(self) -> str:
         """The one that is open."""
         return self._open[-1] if self._open else "host gap" if self._methods else "your loop"
+
+    def _made(self) -> int:
+        """Iterations so far; of a critic that is trained alone beside a generator, as many updates as an iteration has."""
+        engine = self.engine
+        if engine.generator is None:
+            return int(engine.iterations)
+        updates, steps = engine.d_updates - self._before[0], engine.g_updates - self._before[1]
+        if steps and self._critic_alone:
+            self._critic_alone, self._counted = False, steps - 1
+        self._critic_alone = not steps and updates >= _ALONE * engine.n_critic
+        return updates // engine.n_critic if self._critic_alone else steps
 
     # ---- as a listener
 
@@ -103,6 +119,7 @@ class Recorder:
     @contextlib.contextmanager
     def entry(self, engine: Any, method: str) -> Iterator[None]:
         if threading.get_ident() != self.thread:
+            self.elsewhere |= engine is self.engine
             yield
             return
         if engine is not self.engine:
@@ -126,8 +143,11 @@ class Recorder:
             self._account()
             self.ended = self._since if self.level == "time" else time.perf_counter_ns()
             self._methods.pop()
-        if engine.iterations > self._counted and self._methods in ([], ["run"]):
-            self.boundary(engine.iterations - self._counted)
+        self._end_iteration()
+
+    def _end_iteration(self) -> None:
+        if self._methods in ([], ["run"]) and (made := self._made()) > self._counted:
+            self.boundary(made - self._counted)
             self.resume()
 
     def run(self, work: marks.Labelled) -> None:
@@ -226,7 +246,7 @@ class Recorder:
 
     def resume(self) -> None:
         """What was done since the iteration ended is nobody's."""
-        self._counted = self.engine.iterations
+        self._counted = self._made()
         self.begun = self._since = time.perf_counter_ns()
 
     def take(self) -> tuple[dict[str, int], Counter[str]]:
