@@ -50,7 +50,16 @@ class Labelled(Protocol):
         """FLOPs of each call, and the bytes it reads and writes."""
 
 
+class Outermost(Protocol):
+    """Who hears of an engine's methods alone, so that the work within them costs nothing more."""
+
+    def around(self, call: Callable[[], R], engine: Any, method: str) -> R:
+        """Make a call of that method of that engine."""
+
+
 listener: Listener | None = None
+outermost: Outermost | None = None
+"""Told where there is no listener."""
 
 _NOTHING = contextlib.nullcontext()
 
@@ -60,7 +69,8 @@ def mark(phase: str) -> contextlib.AbstractContextManager[object]:
 
     Names that are not in :data:`PHASES` count as ``"other"``.
     """
-    return _NOTHING if listener is None else listener.mark(phase)
+    heard = listener  # another thread may change it
+    return _NOTHING if heard is None else heard.mark(phase)
 
 
 def during(phase: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -69,9 +79,9 @@ def during(phase: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def marked(*args: P.args, **kwargs: P.kwargs) -> R:
-            if listener is None:
+            if (heard := listener) is None:
                 return function(*args, **kwargs)
-            with listener.mark(phase):
+            with heard.mark(phase):
                 return function(*args, **kwargs)
 
         return marked
@@ -84,9 +94,11 @@ def entry(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any,
 
     @functools.wraps(method)
     def entered(engine: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if listener is None:
-            return method(engine, *args, **kwargs)
-        with listener.entry(engine, method.__name__):
-            return method(engine, *args, **kwargs)
+        if (heard := listener) is not None:
+            with heard.entry(engine, method.__name__):
+                return method(engine, *args, **kwargs)
+        if (told := outermost) is not None:
+            return told.around(functools.partial(method, engine, *args, **kwargs), engine, method.__name__)
+        return method(engine, *args, **kwargs)
 
     return entered

@@ -372,7 +372,7 @@ def test_errors_pass_and_nothing_stays() -> None:
     for least in (0, 4, 7, 20):
         with pytest.raises(RuntimeError, match="of the loop"):
             fails_after(profiler, least, lambda: e.step(batches))
-        assert marks.listener is None
+        assert (marks.listener, marks.outermost) == (None, None)
         with pytest.raises(fastgan.InputError, match="no result before the loop has ended"):
             print(profiler.result)
     failing = iter([torch.randn(16, 8)])
@@ -398,6 +398,21 @@ def test_one_at_a_time_and_enough_iterations() -> None:
             e.step(batches)
     assert p.result["run"]["iterations"] == 7
     assert p.result["operators"] == []
+
+
+def test_plain_blocks_hear_only_the_ends_of_iterations() -> None:
+    e, batches = engine(), feed()
+    heard: dict[bool, set[str]] = {False: set(), True: set()}
+    p = fastgan.profile(e)
+    with p:
+        for _ in range(40):
+            plain = marks.listener is None
+            assert plain == (p._recorder.level == "off") == (marks.outermost is p._recorder)
+            heard[plain].add(type(marks.mark("data")).__name__)
+            e.step(batches)
+    assert heard == {True: {"nullcontext"}, False: {"_Range"}}
+    assert (marks.listener, marks.outermost) == (None, None)
+    assert "relative to iterations of the same loop in which only their ends are noted" in str(p)
 
 
 def test_a_mark_without_a_listener_is_nothing() -> None:

@@ -120,7 +120,7 @@ class Profile:
     # ---- the loop
 
     def __enter__(self) -> Profile:
-        if marks.listener is not None:
+        if marks.listener is not None or marks.outermost is not None:
             raise InputError("profile: another profile is running")
         engine, device = self.engine, self.engine.device
         self._durations: dict[bool, list[float]] = {False: [], True: []}  # nanoseconds per iteration; timed ones?
@@ -143,9 +143,8 @@ class Profile:
             stack.enter_context(self._sampler)
             stack.enter_context(self._lines)
             self._stages = self._all_stages()
-            stack.callback(self._stages.close)
-            stack.callback(self._listen, None)
-            self._listen(self._recorder)
+            stack.callback(self._deafen)
+            stack.callback(self._stages.close)  # which measures no more, and listens to the outermost calls again
             self._recorder.measure("off")
             next(self._stages)
             self._stack = stack.pop_all()
@@ -162,8 +161,8 @@ class Profile:
             self._result = self._make()
 
     @staticmethod
-    def _listen(listener: Recorder | None) -> None:
-        marks.listener = listener
+    def _deafen() -> None:
+        marks.listener = marks.outermost = None
 
     def _advance(self, iterations: int) -> None:
         """So many iterations have ended."""

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ from fastgan.graphs import FASTGAN
 
 Level = Literal["off", "time", "cost", "trace"]
 Place = tuple[str, int]  # file and line
+R = TypeVar("R")
 
 _SAMPLE_S = 0.01  # between two looks at the stack: each takes the interpreter from the loop
 _TORCH = str(Path(torch.__file__).parent)
@@ -99,7 +100,7 @@ class Recorder:
         return self._open[-1] if self._open else "host gap" if self._methods else "your loop"
 
     def _made(self) -> int:
-        """Iterations so far; of a critic that is trained alone beside a generator, as many updates as an iteration has."""
+        """Iterations so far; ``n_critic`` updates each where a critic is trained alone beside a generator."""
         engine = self.engine
         if engine.generator is None:
             return int(engine.iterations)
@@ -107,9 +108,22 @@ class Recorder:
         if steps and self._critic_alone:
             self._critic_alone, self._counted = False, steps - 1
         self._critic_alone = not steps and updates >= _ALONE * engine.n_critic
-        return updates // engine.n_critic if self._critic_alone else steps
+        return int(updates // engine.n_critic if self._critic_alone else steps)
 
-    # ---- as a listener
+    # ---- as a listener, and as the outermost while nothing is measured
+
+    def around(self, call: Callable[[], R], engine: Any, method: str) -> R:
+        if engine is not self.engine or self._methods not in ([], ["run"]) or threading.get_ident() != self.thread:
+            self.elsewhere |= engine is self.engine and threading.get_ident() != self.thread
+            return call()
+        self._methods.append(method)
+        try:
+            result = call()
+        finally:
+            self.ended = time.perf_counter_ns()
+            self._methods.pop()
+        self._end_iteration()
+        return result
 
     def mark(self, phase: str) -> contextlib.AbstractContextManager[object]:
         if self.level == "off" or self._foreign or threading.get_ident() != self.thread or self.phase == phase:
@@ -141,7 +155,7 @@ class Recorder:
                 yield
         finally:
             self._account()
-            self.ended = self._since if self.level == "time" else time.perf_counter_ns()
+            self.ended = self._since
             self._methods.pop()
         self._end_iteration()
 
@@ -238,6 +252,7 @@ class Recorder:
     def measure(self, level: Level) -> None:
         """From now on; where an iteration has ended."""
         self.level = level
+        marks.listener, marks.outermost = (None, self) if level == "off" else (self, None)
         self._open.clear()
         self._launched.clear()
         self.take()

@@ -39,7 +39,8 @@ def render(result: Mapping[str, Any]) -> str:
         lines += _wrapped("waits: ", f"{s['per_iteration']:g} per iteration at {s['where']} {s['source']} ({s['op']})")
     cost = result["profiler_cost"]
     lines.append(
-        f"profiler: {cost['share']:+.1%} ({duration(cost['plain_us'])} without, {duration(cost['profiled_us'])} with)"
+        f"profiler: {cost['share']:+.1%} ({duration(cost['plain_us'])} without, {duration(cost['profiled_us'])} with), "
+        "relative to iterations of the same loop in which only their ends are noted"
     )
     lines.append("")
     for i, f in enumerate(result["findings"], 1):
