@@ -494,6 +494,18 @@ def test_autograd_holds_activations() -> None:
     assert memory["temporaries"] > 2 * 4 * 256 * 4096  # real and fake samples' hidden values at the least
 
 
+def test_energy_is_that_of_the_blocks_which_are_timed() -> None:
+    e, batches = engine(), feed()
+    p = profiled(e, lambda: e.step(batches), 200)
+    begin, end = p._span
+    assert p._sampler.begin < begin < end < p._sampler._end
+    assert 0 < p._span_images <= p._shown - 32 * (p.least + 3)
+    p._sampler._series["power_w"] = [[0.0, 200.0], [p._sampler._end - p._sampler.begin, 200.0]]
+    samples = p._make()["samples"]
+    assert samples["energy_j"] == pytest.approx(200 * (end - begin))
+    assert samples["energy_j_per_kimg"] == pytest.approx(200 * (end - begin) / (p._span_images / 1000))
+
+
 # ---- the labels
 
 

@@ -74,7 +74,8 @@ def test_a_gpu(fake: FakeNvml) -> None:
     result = sampled(CUDA)
     assert result["series"].keys() == GPU_SERIES | {"process_cpu_percent", "resident_bytes", "threads"}
     assert {v for _, v in result["series"]["sm_percent"]} == {88.5}
-    assert result["energy_j"] == pytest.approx(42.0)  # the stand-in's counter, from one time to the next
+    reads = len(result["series"]["power_w"])
+    assert result["energy_j"] == pytest.approx(42.0 * (reads - 1))  # the stand-in's counter, from one time to the next
     (line,) = result["missing"]
     assert line.endswith(SHORT)
     assert fake.started == 0
@@ -83,7 +84,7 @@ def test_a_gpu(fake: FakeNvml) -> None:
 def test_energy_of_a_long_run(fake: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampler, "ENERGY_S", 0.05)
     result = sampled(CUDA)
-    assert result["energy_j"] == pytest.approx(42.0)
+    assert result["energy_j"] == pytest.approx(42.0 * (len(result["series"]["power_w"]) - 1))
     assert result["missing"] == []
 
 
@@ -92,10 +93,33 @@ def test_energy_without_a_counter(fake: FakeNvml) -> None:
     result = sampled(CUDA)
     times = [t for t, _ in result["series"]["power_w"]]
     assert result["energy_j"] == pytest.approx(350 * (times[-1] - times[0]))
-    summed, short, energy = result["missing"]
+    energy, summed, short = result["missing"]
     assert summed == "energy counter: energy is the sum over the power samples instead"
     assert short.endswith(SHORT)
     assert energy == "energy: not supported by this GPU (NVML_ERROR_NOT_SUPPORTED)"
+
+
+def test_energy_of_a_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "ENERGY_S", 1.0)
+    s = Sampler(CPU, 1.0)
+    with s:
+        pass
+    s._counter = [[0.0, 100.0], [1.0, 1100.0], [2.0, 1200.0], [3.0, 1220.0]]  # a second of compilation before
+    at = s.begin
+    assert s.result((at + 1, at + 3))["energy_j"] == pytest.approx(120)
+    assert s.result((at + 1.5, at + 2.5))["energy_j"] == pytest.approx(50 + 10)
+    assert s.result((at + 1.5, at + 2.5))["missing"] == []
+    assert s.result((at + 4, at + 6))["energy_j"] is None  # the counter was lost
+    ended = s.result((0.0, 0.0))
+    assert ended["energy_j"] is None
+    assert ended["missing"] == ["energy: the run ended before the part of it that energy is measured over"]
+    s._counter, s._series["power_w"] = [], [[0.0, 500.0], [1.0, 500.0], [2.0, 300.0], [3.0, 300.0]]
+    result = s.result((at + 2, at + 2.5))
+    assert result["energy_j"] == pytest.approx(150)
+    assert result["missing"] == [
+        "energy counter: energy is the sum over the power samples instead",
+        "energy: of 0.5 s, which says little; measure 1 s or more",
+    ]
 
 
 def test_no_energy(fake: FakeNvml) -> None:

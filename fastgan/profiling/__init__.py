@@ -131,6 +131,7 @@ class Profile:
         self._images = engine.images  # at the end of the last iteration
         self._batches: Counter[int] = Counter()
         self._kernels_seen = False
+        self._span, self._span_images = (0.0, 0.0), 0  # whole pairs of blocks, nothing compiled between: for energy
         self._waits: Counter[tuple[str, Place]] = Counter()
         self._traced_ns = 0.0
         self._events = self._result = None
@@ -183,11 +184,13 @@ class Profile:
         self._say("a few iterations under torch's profiler")
         yield from self._trace()
         self._say("timing blocks of iterations")
+        self._span, shown = (time.perf_counter(), time.perf_counter()), self._shown
         while time.monotonic() - begun < _MEASURED_S:
             if count * self._plain[0] / self._plain[1] < _BLOCK_S * 1e9:
                 count *= 2
             reverse = not reverse
             yield from self._pair(count, reverse)
+            self._span, self._span_images = (self._span[0], time.perf_counter()), self._shown - shown
         self._recorder.measure("off")
         while True:
             yield
@@ -276,7 +279,7 @@ class Profile:
         mean_us = self._plain[0] / self._plain[1] / 1e3
         p20, median, p80 = (np.percentile(self._durations[False], (20, 50, 80)) / 1e3).tolist()
         profiled = statistics.median(self._durations[True]) / 1e3
-        samples = self._sampler.result()
+        samples = self._sampler.result(self._span)
         phases, launches = self._phases(events, mean_us)
         if engine.device.type == "cuda" and not self._kernels_seen:
             why = "the trace has none of the GPU" if self._traced else "the loop ended before a trace"
@@ -418,7 +421,7 @@ class Profile:
 
     def _energy(self, samples: dict[str, Any]) -> float | None:
         joule = samples.get("energy_j")
-        return None if joule is None or not self._shown else joule / (self._shown / 1000)
+        return None if joule is None or not self._span_images else joule / (self._span_images / 1000)
 
 
 def _short(place: Place) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import threading
 import time
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastgan.errors import InputError
@@ -45,7 +46,8 @@ class Sampler:
         self._device = device
         self._series: dict[str, list[list[float]]] = {}
         self._missing: list[str] = []
-        self._energy_j: float | None = None
+        self._counter: list[list[float]] = []  # Joule, as the series are
+        self._end, self._whole = 0.0, False
         self._last: tuple[float, float] | None = None  # sample: wall and process time
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fastgan sampler", daemon=True)
@@ -58,22 +60,27 @@ class Sampler:
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join(PATIENCE_S)
+        self._end = time.perf_counter()
 
-    def result(self) -> dict[str, Any]:
+    def result(self, span: tuple[float, float] | None = None) -> dict[str, Any]:
         """After the block.
+
+        Args:
+            span: ``time.perf_counter()`` at the begin and the end of the part whose energy is meant; the whole block.
 
         Returns:
             JSON-able: ``interval_s``; ``series``, by name a list of ``[seconds since the start, value]``:
             ``process_cpu_percent`` (of one core, since the point before), ``resident_bytes`` and ``threads`` of the
             process, and those of :meth:`fastgan.nvml.Gpu.sample`; ``missing``, a line for each that could not be had;
-            ``energy_j``, Joule that the GPU used during the block, or ``None``.
+            ``energy_j``, Joule that the GPU used during the span, or ``None``.
         """
+        energy_j, said = self._energy(*(span or (self.begin, self._end)))
         late = ["samples: the thread that takes them still waits for the driver"] if self._thread.is_alive() else []
         return {
             "interval_s": self.interval_s,
             "series": {name: list(points) for name, points in dict(self._series).items()},
-            "missing": [*self._missing, *late],
-            "energy_j": self._energy_j,
+            "missing": [*self._missing, *said, *late],
+            "energy_j": energy_j,
         }
 
     def _run(self) -> None:
@@ -83,14 +90,12 @@ class Sampler:
                 self._missing.append(f"resident memory and threads of the process: this system has no {_STAT}")
             if self._device.type == "cuda":
                 gpu = Gpu(self._device)
-            before, begin = gpu.energy_j() if gpu else None, time.perf_counter()
             self._take(gpu)
             while not self._stop.wait(self.interval_s):
                 self._take(gpu)
             if self._last and time.perf_counter() - self._last[0] > self.interval_s / 2:  # the end is not yet seen
                 self._take(gpu)
-            if gpu:
-                self._energy(before, gpu.energy_j(), time.perf_counter() - begin)
+            self._whole = True
         except Exception as e:  # the run is what matters; the result says that its samples end here
             after = time.perf_counter() - self.begin
             self._missing.append(f"samples after {after:.1f} s: the sampler ended with {type(e).__name__}: {e}")
@@ -107,22 +112,34 @@ class Sampler:
         self._last = now, cpu
         values |= _process()
         if gpu:
+            if (joule := gpu.energy_j()) is not None:
+                self._counter.append([time.perf_counter() - self.begin, joule])
             values |= gpu.sample()
         for name, value in values.items():
             self._series.setdefault(name, []).append([round(now - self.begin, 3), value])
         if any(len(points) > MOST for points in self._series.values()):
             self._series = {name: points[::2] for name, points in self._series.items()}
+            self._counter = self._counter[::2]
             self.interval_s *= 2
 
-    def _energy(self, before: float | None, after: float | None, elapsed_s: float) -> None:
+    def _energy(self, begin: float, end: float) -> tuple[float | None, list[str]]:
+        """Joule from one time to another, between samples in proportion to time, and what is to be said of them."""
+        begin, end = begin - self.begin, end - self.begin
         power = self._series.get("power_w", [])
-        if before is not None and after is not None:
-            self._energy_j = after - before
-        elif before is None and len(power) > 1 and power[-1][0] > elapsed_s - 2 * self.interval_s:
-            self._energy_j = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(power))
-            self._missing.append("energy counter: energy is the sum over the power samples instead")
-        if self._energy_j is not None and elapsed_s < ENERGY_S:
-            self._missing.append(f"energy: of {elapsed_s:.1f} s, which says little; measure {ENERGY_S:g} s or more")
+        total, said = list(self._counter), list[str]()
+        if not total and len(power) > 1:
+            joule = accumulate(((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(power)), initial=0.0)
+            total = [[t, j] for (t, _), j in zip(power, joule, strict=True)]
+            said.append("energy counter: energy is the sum over the power samples instead")
+        if not self._whole or len(total) < 2 or total[-1][0] < end - 2 * self.interval_s:  # lost on the way
+            return None, []
+        if end <= begin:
+            return None, ["energy: the run ended before the part of it that energy is measured over"]
+        times, joules = np.array(total).T
+        first, last = np.interp((begin, end), times, joules).tolist()
+        if end - begin < ENERGY_S:
+            said.append(f"energy: of {end - begin:.1f} s, which says little; measure {ENERGY_S:g} s or more")
+        return last - first, said
 
 
 def _process() -> dict[str, float]:
