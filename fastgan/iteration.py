@@ -153,8 +153,8 @@ class Iteration:
 
     def run(self) -> None:
         """Make every call."""
-        if marks.listener is not None:
-            marks.listener.run(self)
+        if (listener := marks.listener) is not None:
+            listener.run(self)
             return
         for call in self.calls:
             call()

@@ -55,10 +55,10 @@ class Plan:
     @torch.no_grad()
     def run(self) -> None:
         """Make one update's gradients from the inputs."""
-        if marks.listener is None:
+        if (listener := marks.listener) is None:
             self.program.run()
         else:
-            marks.listener.run(self)
+            listener.run(self)
 
     @property
     def calls(self) -> Sequence[Callable[[], object]]:

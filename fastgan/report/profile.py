@@ -194,7 +194,7 @@ def _samples(samples: Row, plot: Html | None) -> Html:
     every = number(samples, "interval_s")
     energy = number(samples, "energy_j")
     said = f"Sampled every {every:g} s." if every and plot else ""
-    said += f" The device used {figure(energy)} J." if energy is not None else ""
+    said += f" The device used {figure(energy)} J in the timed blocks." if energy is not None else ""
     return section(
         "The machine meanwhile",
         el("p", said.strip()) if said else None,
