@@ -163,6 +163,23 @@ def test_compiled_forms_are_right(kind: str, traced: bool) -> None:
     assert found.right, found
 
 
+def test_a_traced_form_with_batch_norm_is_right() -> None:
+    def arguments() -> dict[str, Any]:
+        given = normalised()
+        given["discriminator"].insert(1, nn.BatchNorm1d(16))
+        return given
+
+    of = Case(Workload("batch norm in both", "", arguments), 8, CPU)
+    torch._dynamo.config.trace_autograd_ops = True
+    try:
+        form = Form(compiled={"backend": "aot_eager"}, traced=True, fused=True)
+        found = Reference(of).hold(by_hand(of, form), "fp32")
+    finally:
+        torch._dynamo.config.trace_autograd_ops = False
+        torch._dynamo.reset()
+    assert found.right, found
+
+
 @pytest.mark.parametrize("name", ["wgan-gp-mlp", "toy", "r1-conv"])
 def test_a_dropped_penalty_is_wrong(name: str) -> None:
     of = Case(WORKLOADS[name], 8, CPU)

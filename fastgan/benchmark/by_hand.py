@@ -203,12 +203,16 @@ class Loop:
         """Names of the discriminator's parameters that a phase gives a gradient: the others' optimiser step is none."""
         named = {name: p for name, p in self.d.named_parameters() if p.requires_grad}
         update, rows = self.draw(), slice(0, self.n)
+        kept = [(b, b.clone()) for b in self.d.buffers()]  # running statistics, and vectors of spectral norms
         labels = None if self.labels is None else self.labels[rows]
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             loss = objective.value(
                 self._critic(labels), slope, self.real[rows], self.real[rows].flip(0), update.alpha, update.delta
             )  # fmt: skip
             grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        with torch.no_grad():
+            for b, before in kept:
+                b.copy_(before)
         return [name for name, g in zip(named, grads, strict=True) if g is not None]
 
     @contextlib.contextmanager
