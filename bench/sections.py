@@ -7,7 +7,6 @@ results, and one process at a time that writes it.
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from fastgan.benchmark.measure import last_line
+from fastgan.plain import as_json
 
 NO_CUDA = "no CUDA device"
 
@@ -106,19 +106,8 @@ class Results:
     def save(self, result: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".json.new")
-        beside.write_text(json.dumps(plain(result), indent=1) + "\n")
+        beside.write_text(as_json(result, indent=1) + "\n")
         beside.replace(self.path)
-
-
-def plain(value: Any) -> Any:
-    """What JSON can hold: no NaN, no infinity."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, int | str | None) else str(value)
 
 
 def run_here(name: str, section: Section, results: Results, *, device: torch.device, tiny: bool, seconds: float) -> str:

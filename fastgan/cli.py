@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import math
 import os
 import sys
 import warnings
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastgan import __version__
 from fastgan.errors import InputError
+from fastgan.plain import as_json
 
 if TYPE_CHECKING:
     import torch
@@ -254,7 +254,7 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     report = trainer.run()
     if args.json:
-        print(_json(vars(report)))
+        print(as_json(vars(report)))
     else:
         print(_summary(report, recipe))
     if report.signal is not None:
@@ -316,11 +316,11 @@ def _must_equal(before: Recipe, after: Recipe, folder: str) -> None:
             raise InputError(f"{folder}: {key} is {has[key]}, the run has {had[key]}: a resumed run keeps its recipe")
 
 
-def _show_plan(recipe: Recipe, engine: Engine, explanation: str, as_json: bool) -> None:
+def _show_plan(recipe: Recipe, engine: Engine, explanation: str, in_json: bool) -> None:
     import yaml
 
-    if as_json:
-        print(_json({"recipe": recipe.to_dict(), "explain": explanation}))
+    if in_json:
+        print(as_json({"recipe": recipe.to_dict(), "explain": explanation}))
         return
     print(yaml.safe_dump(recipe.to_dict(), sort_keys=False, default_flow_style=None))
     for name, network in (("generator", engine.generator), ("discriminator", engine.discriminator)):
@@ -351,19 +351,6 @@ def _figures(quality: dict[str, float], n: int) -> list[tuple[str, str]]:
 
     rows = [(name, f"{value:<10.4g} {METRICS[name].description}") for name, value in quality.items()]
     return [("quality", f"of {n} samples, against the data"), *rows]
-
-
-def _json(found: Any) -> str:
-    """One line of JSON, which has no NaN and no infinity: ``null``."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [plain(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(found), default=str)
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
@@ -406,7 +393,7 @@ def _sample(args: argparse.Namespace) -> int:
     out = Path(args.out)
     _write_samples(recipe, about, x, labels, out)
     if args.json:
-        print(_json({"run": folder, "out": out, "samples": args.number}))
+        print(as_json({"run": folder, "out": out, "samples": args.number}))
     else:
         print(out)
     return 0
@@ -471,7 +458,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     spec = dataclasses.replace(recipe.data, source=args.data) if args.data else recipe.data
     found = quality(engine, open_data(spec), evaluation, ema=not args.no_ema, inception_weights=args.inception_weights)
     if args.json:
-        print(_json({"run": folder, "samples": evaluation.samples, "quality": found}))
+        print(as_json({"run": folder, "samples": evaluation.samples, "quality": found}))
     else:
         print(_table([("run", str(folder)), *_figures(found, evaluation.samples)]))
     return 0
@@ -485,7 +472,7 @@ def _export(args: argparse.Namespace) -> int:
     network = average or engine.generator
     assert network is not None  # a recipe has one
     out = export_generator(network, recipe.latent, args.out, n_classes=engine.n_classes)
-    print(_json({"run": folder, "out": out}) if args.json else out)
+    print(as_json({"run": folder, "out": out}) if args.json else out)
     return 0
 
 
@@ -510,7 +497,7 @@ def _validate(args: argparse.Namespace) -> int:
 
     progress = None if args.quiet else lambda line: print(f"validate: {line}", file=sys.stderr, flush=True)
     report = validate.run(args.op, args.dtype, args.device, progress)
-    print(_json(report) if args.json else validate.render(report))
+    print(as_json(report) if args.json else validate.render(report))
     return 0 if report["passed"] else 1
 
 
@@ -518,7 +505,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from fastgan import doctor
 
     found = doctor.report()
-    print(_json(found) if args.json else doctor.render(found))
+    print(as_json(found) if args.json else doctor.render(found))
     return 0
 
 

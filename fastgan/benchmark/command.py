@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shlex
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from fastgan.engine import device_of
 from fastgan.errors import InputError, unknown
 from fastgan.machine import conditions
 from fastgan.pictures import write_whole
+from fastgan.plain import as_json
 
 Result = dict[str, Any]
 
@@ -138,12 +138,12 @@ def main(args: Namespace) -> int:
 
     def done(result: Result) -> None:
         if args.json not in (None, "-"):
-            _write(args.json, as_json(result) + "\n")
+            _write(args.json, as_json(result, indent=1) + "\n")
 
     called = shlex.join(["fastgan", *sys.argv[1:]])
     result = run(found, settings, command=called, isolated=args.isolate, done=done)
     if args.json == "-":
-        print(as_json(result))
+        print(as_json(result, indent=1))
     else:
         print(whole_table(result))
     if args.html or args.png:
@@ -163,19 +163,6 @@ def _write(path: str, text: str) -> None:
         write_whole(Path(path), text.encode())
     except OSError as e:
         raise InputError(f"{path}: cannot be written: {e.strerror}") from e
-
-
-def as_json(result: Result) -> str:
-    """With ``null`` for what is no number."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [plain(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(result), indent=1)
 
 
 def _list() -> None:

@@ -31,6 +31,7 @@ from fastgan.benchmark.timing import wait
 from fastgan.costs import OpWatch, bytes_of_optimisers
 from fastgan.engine import Engine
 from fastgan.errors import InputError
+from fastgan.plain import as_json
 from fastgan.profiling import findings, memory, text, trace
 from fastgan.profiling.recorder import Lines, Place, Recorder, Waits
 from fastgan.profiling.sampler import Sampler
@@ -102,8 +103,10 @@ class Profile:
             InputError: a file cannot be written.
         """
         contents: list[tuple[str | Path | None, Callable[[], str]]] = [
-            (json, lambda: as_json(self.result) + "\n"), (html, self._page), (trace, lambda: self._events or "")
-        ]  # fmt: skip
+            (json, lambda: as_json(self.result, indent=1) + "\n"),
+            (html, self._page),
+            (trace, lambda: self._events or ""),
+        ]
         for path, make in contents:
             if path is not None:
                 try:
@@ -436,11 +439,6 @@ def _source(place: Place) -> str:
     import linecache
 
     return linecache.getline(*place).strip()
-
-
-def as_json(result: dict[str, Any]) -> str:
-    """One object, in lines."""
-    return json.dumps(result, indent=1, allow_nan=False)
 
 
 def profile(

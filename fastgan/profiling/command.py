@@ -14,7 +14,8 @@ import torch
 
 from fastgan.data.resident import ResidentFeed
 from fastgan.errors import InputError
-from fastgan.profiling import as_json, profile
+from fastgan.plain import as_json
+from fastgan.profiling import profile
 from fastgan.recipes.schema import load_recipe
 from fastgan.trainer import Trainer
 
@@ -56,6 +57,6 @@ def main(args: Namespace, default: str, overrides: Mapping[str, tuple[str, Any]]
             count = min(at_once, args.iterations - made) if args.iterations else at_once
             trainer.engine.run(trainer.feed, count)
             made += count
-    print(as_json(p.result) if args.json == "-" else p, flush=True)
+    print(as_json(p.result, indent=1) if args.json == "-" else p, flush=True)
     p.write(json=None if args.json == "-" else args.json, html=args.html, trace=args.trace)
     return 0
