@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
+
+import pytest
+import torch
 
 CODES = {
     "NVML_ERROR_UNINITIALIZED": 1, "NVML_ERROR_INVALID_ARGUMENT": 2, "NVML_ERROR_NOT_SUPPORTED": 3,
@@ -199,3 +203,12 @@ class FakeNvml(ModuleType):
 
 UUID, PCI = "8932f937-d72c-4106-c12f-20bd9faed9f6", "00000000:5e:00.0"
 PROPERTIES = SimpleNamespace(name="NVIDIA H100", uuid=UUID, pci_domain_id=0, pci_bus_id=0x5E, pci_device_id=0)
+
+
+def installed(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
+    """A stand-in in the library's place, and a device for torch."""
+    module = FakeNvml()
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: PROPERTIES)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return module

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_nvml import CODES, CONSTANTS, PCI, PROPERTIES, UUID, Board, FakeNvml
+from fake_nvml import CODES, CONSTANTS, PCI, PROPERTIES, UUID, Board, FakeNvml, installed
 
 from fastgan import machine, nvml
 
@@ -29,11 +29,7 @@ SUPPORT = "nvmlGpmQueryDeviceSupport"
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
-    module = FakeNvml()
-    monkeypatch.setitem(sys.modules, "pynvml", module)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: PROPERTIES)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return module
+    return installed(monkeypatch)
 
 
 def test_everything(fake: FakeNvml) -> None:

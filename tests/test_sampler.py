@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_nvml import PROPERTIES, FakeNvml
+from fake_nvml import FakeNvml, installed
 
 from fastgan import InputError
 from fastgan.profiling import sampler
@@ -28,11 +27,7 @@ SHORT = "which says little; measure 5 s or more"
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
-    module = FakeNvml()
-    monkeypatch.setitem(sys.modules, "pynvml", module)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: PROPERTIES)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return module
+    return installed(monkeypatch)
 
 
 def until(reached: Callable[[], object]) -> None:

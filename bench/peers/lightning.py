@@ -35,6 +35,14 @@ def networks(tiny: bool) -> Pair:
     return g, d
 
 
+def engine(of: Pair, device: torch.device) -> fastgan.Engine:
+    """Ours, of the same training."""
+    adam = fastgan.Adam(2e-4, (0.5, 0.999))
+    return fastgan.Engine(
+        *of, latent=LATENT, g_optimizer=adam, d_optimizer=adam, ema=None, device=device, precision="fp32"
+    )
+
+
 def module_of(pair: Pair) -> Any:
     """The ``LightningModule``: one optimiser after the other, each with only its own parameters switched on."""
     import lightning
@@ -144,20 +152,14 @@ def prepare(device: torch.device, tiny: bool) -> Sides:
     torch.manual_seed(0)
     pair = networks(tiny)
 
-    def engine(of: Pair) -> fastgan.Engine:
-        adam = fastgan.Adam(2e-4, (0.5, 0.999))
-        return fastgan.Engine(
-            *of, latent=LATENT, g_optimizer=adam, d_optimizer=adam, ema=None, device=device, precision="fp32"
-        )
-
-    module, ours, one = module_of(doubles(pair)), engine(doubles(pair)), images[:batch].double()
+    module, ours, one = module_of(doubles(pair)), engine(doubles(pair), device), images[:batch].double()
     fit(module, DataLoader(one, batch_size=batch), device, batches=1, skipped=0)
     ours.d_step(one, z=module.drawn)
     ours.g_step(z=module.drawn)
     theirs = module.to(device)
     error = difference((theirs.generator, ours.generator), (theirs.discriminator, ours.discriminator))
 
-    module, ours, alone = module_of(copies(pair)), engine(copies(pair)), engine(copies(pair))
+    module, ours, alone = module_of(copies(pair)), engine(copies(pair), device), engine(copies(pair), device)
     batches, feed = (
         endless(loader),
         fastgan.open_dataset(images).feed(batch, device=device if device.type == "cuda" else None),

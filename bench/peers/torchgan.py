@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-import fastgan
 from bench.peers import Peer, Sides, Skip, difference, stepping
-from bench.peers.lightning import LATENT, SHAPE, SKIPPED, endless, networks
+from bench.peers.lightning import LATENT, SHAPE, SKIPPED, endless, engine, networks
 from bench.peers.loops import Pair, copies, doubles, random_images
 from fastgan.benchmark.timing import wait
 
@@ -79,20 +78,14 @@ def prepare(device: torch.device, tiny: bool) -> Sides:
     torch.manual_seed(0)
     pair = networks(tiny)
 
-    def engine(of: Pair) -> fastgan.Engine:
-        adam = fastgan.Adam(2e-4, (0.5, 0.999))
-        return fastgan.Engine(
-            *of, latent=LATENT, g_optimizer=adam, d_optimizer=adam, ema=None, device=device, precision="fp32"
-        )
-
-    theirs, ours, one = doubles(pair), engine(doubles(pair)), images[:batch].double()
+    theirs, ours, one = doubles(pair), engine(doubles(pair), device), images[:batch].double()
     trainer = train(package, theirs, DataLoader(one, batch_size=batch), device, batch, skipped=0)
     for_discriminator, for_generator = trainer.generator.drawn[:2]
     ours.d_step(one, z=for_discriminator)
     ours.g_step(z=for_generator)
     error = difference((theirs[0], ours.generator), (theirs[1], ours.discriminator))
 
-    theirs, ours, batches = copies(pair), engine(copies(pair)), endless(loader)
+    theirs, ours, batches = copies(pair), engine(copies(pair), device), endless(loader)
     return Sides(
         peer=lambda n: train(package, theirs, loader, device, batch, SKIPPED).seconds,
         fastgan=stepping(lambda: ours.step(batches), device),
