@@ -415,6 +415,17 @@ def test_memory_is_what_lives_at_once() -> None:
     assert len(more) == 5 * n
 
 
+def test_wrappers_of_torch_func_have_no_memory_of_their_own() -> None:
+    found = []
+
+    def within(x: torch.Tensor) -> torch.Tensor:
+        found.append(Held(CPU).peak(lambda: torch.empty(1 << 20, dtype=torch.uint8)))
+        return x.sum()
+
+    torch.func.grad(within)(torch.ones(3))
+    assert found[0] in range(1 << 20, (1 << 20) + 65536)
+
+
 def test_ratios_and_their_noise() -> None:
     assert ratio([2.0] * 10, [1.0] * 10) == (2.0, 0.0)
     drifting = [1.0 + 0.1 * i for i in range(10)]

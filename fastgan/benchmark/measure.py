@@ -140,11 +140,9 @@ class Measurement:
         named = {"\n".join(key): run for key, run in runs.items()}
         times, _ = rounds_us(named, case.device, max(3, self.settings.rounds // 3), deadline)
         for name, way in ways.items():
-            for key in (f"{name}\nwhole", f"{name}\nbare"):
-                times[key] = [t / way.calls for t in times.get(key, [])]
-        for name in ways:
-            whole = times[f"{name}\nwhole"]
-            without, generator = times[f"{name}\nbare"], times.get(f"{name}\ngenerator")
+            whole = [t / way.calls for t in times[f"{name}\nwhole"]]
+            without = [t / way.calls for t in times.get(f"{name}\nbare", [])]
+            generator = times.get(f"{name}\ngenerator")
             row, penalty = self.rows[name], 0.0
             if without:
                 row["penalty_overhead"], _ = ratio(whole, without)
@@ -204,8 +202,8 @@ def related(case: Case, rows: Mapping[str, Row], times: Mapping[str, Sequence[fl
     """
     good = {name: row for name, row in rows.items() if name in times and not name.endswith(TWIN)}
     rivals = [name for name in good if not name.startswith(OWN) and (AMP not in name or case.precision == "bf16")]
-    beside = times.get(OWN, [1.0])
-    best = min(rivals, key=lambda name: _over(times[name], beside)) if rivals else None
+    beside = times.get(OWN, [1.0] * max(map(len, times.values()), default=0))
+    best = min(rivals, key=lambda name: ratio(times[name], beside)[0]) if rivals else None
     noise = 0.0
     for name, found in times.items():
         for key, other in (("eager_over_this", PLAIN), ("best_competitor_over_this", best)):
@@ -227,10 +225,6 @@ def related(case: Case, rows: Mapping[str, Row], times: Mapping[str, Sequence[fl
         "best_competitor": best,
         "variants": dict(rows),
     }
-
-
-def _over(times: Sequence[float], under: Sequence[float]) -> float:
-    return ratio(times, under)[0] if len(times) == len(under) else ratio(times, [1.0] * len(times))[0]
 
 
 def compared_with(limits: Mapping[str, Any], rows: Iterable[Row]) -> None:

@@ -33,7 +33,7 @@ class Held:
         found = {}
         for tensor in gc.get_objects():
             if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu":
-                with contextlib.suppress(NotImplementedError):  # a wrapper without memory of its own
+                with contextlib.suppress(NotImplementedError):  # torch.func's wrappers have no memory of their own
                     storage = tensor.untyped_storage()
                     found[storage.data_ptr()] = storage.nbytes()
         return found
