@@ -87,7 +87,7 @@ def test_energy_without_a_counter(fake: FakeNvml) -> None:
     fake.failing["nvmlDeviceGetTotalEnergyConsumption"] = "NVML_ERROR_NOT_SUPPORTED"
     result = sampled(CUDA)
     times = [t for t, _ in result["series"]["power_w"]]
-    assert result["energy_j"] == pytest.approx(350 * (times[-1] - times[0]))
+    assert result["energy_j"] == pytest.approx(350 * (times[-1] - times[0]), abs=350e-3)  # times in whole ms
     energy, summed, short = result["missing"]
     assert summed == "energy counter: energy is the sum over the power samples instead"
     assert short.endswith(SHORT)
@@ -200,7 +200,7 @@ def test_hours(monkeypatch: pytest.MonkeyPatch) -> None:
     with s:
         until(lambda: s.interval_s > 0.005)
     result = s.result()
-    assert result["interval_s"] == pytest.approx(0.008)
+    assert result["interval_s"] in {0.001 * 2**doubled for doubled in range(3, 12)}
     for name, points in result["series"].items():
         assert 2 <= len(points) <= 8, name
     times = [t for t, _ in result["series"]["resident_bytes"]]

@@ -78,7 +78,7 @@ class Sampler:
         late = ["samples: the thread that takes them still waits for the driver"] if self._thread.is_alive() else []
         return {
             "interval_s": self.interval_s,
-            "series": {name: list(points) for name, points in dict(self._series).items()},
+            "series": {name: [[round(t, 3), v] for t, v in points] for name, points in dict(self._series).items()},
             "missing": [*self._missing, *said, *late],
             "energy_j": energy_j,
         }
@@ -116,7 +116,7 @@ class Sampler:
                 self._counter.append([time.perf_counter() - self.begin, joule])
             values |= gpu.sample()
         for name, value in values.items():
-            self._series.setdefault(name, []).append([round(now - self.begin, 3), value])
+            self._series.setdefault(name, []).append([now - self.begin, value])
         if any(len(points) > MOST for points in self._series.values()):
             self._series = {name: points[::2] for name, points in self._series.items()}
             self._counter = self._counter[::2]
