@@ -18,7 +18,6 @@ import math
 import os
 import platform
 import re
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -419,8 +418,8 @@ def run(
     Args:
         names: ops and pairs, by name; all where none is given.
         dtypes: of ``fp64``, ``fp32``, ``bf16`` and ``fp16``, or torch's names; all where none is given.
-        device: ``"auto"`` is the GPU where there is one. On a CPU this sets ``TRITON_INTERPRET``, which Triton reads
-            as kernels are imported.
+        device: ``"auto"`` is the GPU where there is one. On a CPU ``TRITON_INTERPRET=1`` must be in the environment
+            before Triton is imported; the command sees to that.
         progress: called with a line for each op or pair and dtype.
 
     Returns:
@@ -428,7 +427,7 @@ def run(
         (:class:`Row`, with ``passed``).
 
     Raises:
-        InputError: a name, dtype or device is unknown or not there, or kernels were imported for the other device.
+        InputError: a name, dtype or device is unknown or not there, or Triton was imported for the other device.
     """
     wanted = [_dtype(name) for name in dtypes] or [*DTYPES]
     place = device_of("device", device)
@@ -531,9 +530,7 @@ def _specs(device: torch.device) -> tuple[Any, ...]:
     if device.type == "cuda" and interpret:
         raise InputError("device: TRITON_INTERPRET=1 is set, which runs kernels on the CPU: unset it")
     if device.type == "cpu" and not interpret:
-        if "fastgan.kernels" in sys.modules:
-            raise InputError("device: kernels were imported for a GPU: set TRITON_INTERPRET=1 before the first import")
-        os.environ["TRITON_INTERPRET"] = "1"
+        raise InputError("device: Triton was imported for a GPU: set TRITON_INTERPRET=1 before the first import")
     try:
         from fastgan.kernels import SPECS
     except ModuleNotFoundError as e:
