@@ -495,8 +495,9 @@ def _profile(args: argparse.Namespace) -> int:
 def _validate(args: argparse.Namespace) -> int:
     import torch
 
-    if args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available()):
-        os.environ["TRITON_INTERPRET"] = "1"  # read as Triton is imported, which much of torch does
+    on_cpu = args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available())
+    if on_cpu and "triton" not in sys.modules:  # which reads this as it is imported, and much of torch imports it
+        os.environ["TRITON_INTERPRET"] = "1"
     from fastgan import validate
 
     progress = None if args.quiet else lambda line: print(f"validate: {line}", file=sys.stderr, flush=True)

@@ -334,6 +334,15 @@ def test_kernels_of_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
         validate._specs(torch.device("cuda"))
 
 
+def test_the_command_cannot_choose_the_interpreter_any_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert cli.main(["validate", "--op", "bias_lrelu", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.startswith("fastgan: device: Triton was imported for a GPU")
+    assert "TRITON_INTERPRET" not in os.environ
+
+
 def test_the_command_chooses_the_interpreter() -> None:
     """Before anything imports Triton, whose own functions, such as a sum, are decorated as it is imported."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
